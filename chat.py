@@ -1,0 +1,117 @@
+"""Talk to the model: it answers with a chat checkpoint and continues the text with a base checkpoint.
+
+    python chat.py                            # from nothing: makes data, base and chat model first, about 4 minutes
+    python chat.py out/base.npz --prompt "The capital of France"
+    echo "What is the capital of France?" | python chat.py      # one answer a line
+
+At the prompt: /help, /reset, /quit, and each setting by its name, such as /temperature 0.7. Ctrl-C stops an answer.
+"""
+import contextlib
+import dataclasses
+import pathlib
+import sys
+
+import gpt
+import numpy as np
+import sft
+from prepare import ASSISTANT, END, InputError, read_flags, run, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    checkpoint: str = setting("", "a .npz file; nothing: out/chat.npz", nargs="?", positional="checkpoint", metavar="CKPT")
+    prompt: str = setting("", "answer or continue this text and stop", metavar="TEXT")
+    temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained [0 to answer, 0.8 to continue]", low=0.0, high=100.0)
+    top_k: int = setting(0, "sample from the k likeliest tokens; 0 means all", low=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", low=0.0, high=1.0)
+    repetition_penalty: float = setting(1.0, "above 1 makes tokens that were there less likely", low=0.01, high=100.0)
+    max_new_tokens: int = setting(200, "longest answer", low=1, high=1 << 20)
+    seed: int = setting(0, "of the sampling", low=0)
+
+
+def prompt_ids(turns, tokenizer, block_size, room=24):
+    """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole, until `room` tokens
+    for the answer are left in the context."""
+    while True:
+        ids, _ = sft.render(turns, tokenizer)
+        if len(ids) + room <= block_size or len(turns) == 1:
+            break
+        turns = turns[2:]
+    if len(ids) > block_size:
+        raise InputError(f"the question has {len(ids)} tokens, the model's context holds {block_size}; ask a shorter one")
+    return ids
+
+
+def reply(ids, params, generate, tokenizer, cfg, rng):
+    """Ids of a prompt -> pieces of text as they are made, never half a character, nothing that steers a terminal."""
+    choose = lambda _, logits, history: gpt.sample(logits, history, rng, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty)
+    new = (step[0] for step in generate(params, [ids], choose, cfg.max_new_tokens))
+    for piece in tokenizer.stream(i for i in new if i != END):
+        yield sft.printable(piece)
+
+
+def main(argv):
+    cfg, _ = read_flags(Config, argv, __doc__)
+    path = pathlib.Path(cfg.checkpoint or "out/chat.npz")
+    if not cfg.checkpoint and not path.exists():
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only
+            print(f"no {path} yet: running sft.py")
+            sft.main([])
+    state, about, model, tokenizer = gpt.load_checkpoint(path)
+    params, generate, rng = state["params"], gpt.make_generator(model), np.random.default_rng(cfg.seed)
+    answers = about["kind"] == "chat"
+    if cfg.temperature is None:
+        cfg = dataclasses.replace(cfg, temperature=0.0 if answers else 0.8)
+
+    def pieces(turns):
+        ids = prompt_ids(turns, tokenizer, model.block_size) if answers else [END, *tokenizer.encode(turns[-1])]
+        text = reply(ids, params, generate, tokenizer, cfg, rng)
+        yield turns[-1] if not answers else next(text, "").removeprefix(" ")
+        yield from text
+
+    if cfg.prompt:
+        return print("".join(pieces([cfg.prompt])))
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            print(" ".join("".join(pieces([line.strip()])).split("\n")), flush=True)
+        return
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  line editing and history at the prompt
+    print(f"{path}: {'ask a question' if answers else 'begin a text'}; /help for help")
+    turns = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, value = line[1:].partition(" ")
+        if line == "/quit":
+            return
+        if line == "/reset":
+            turns = []
+        elif line == "/help":
+            print("/reset forgets the conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer. Settings:")
+            print("\n".join(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})" for f in dataclasses.fields(cfg)[2:]))
+        elif line.startswith("/"):
+            try:
+                changed, given = read_flags(Config, [f"--{command}", value.strip()], __doc__)
+                cfg = dataclasses.replace(cfg, **{name: getattr(changed, name) for name in given})
+            except InputError as e:
+                print(str(e).replace("--help", "/help").replace("--", "/"))
+        elif line:
+            said = ""
+            try:
+                for piece in pieces(turns + [line]):
+                    said += piece
+                    print(piece, end="", flush=True)
+            except InputError as e:
+                print(e, end="")
+            except KeyboardInterrupt:
+                pass
+            print()
+            turns = turns + [line, said] if said else turns
+
+
+if __name__ == "__main__":
+    run(main)

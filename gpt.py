@@ -1,0 +1,635 @@
+"""A GPT in pure JAX: parameters, forward pass, loss, Adam, checkpoints, generation, training loop.
+
+    python gpt.py                          # trains on data/ (the built-in corpus if there is none), writes out/base.npz
+    python gpt.py --max_steps 4000 --n_layer 6 --resume
+
+The model is written for one sequence; jax.vmap makes the batch, jax.grad the gradient, jax.jit the machine code.
+Reading order: settings, parameters, layers, model, loss, optimiser, step, data, generation, checkpoint, loop, main.
+
+    B batch   T time (tokens)   S time of keys and values   C width   H heads   D = C / H   V vocabulary
+"""
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import time
+import zipfile
+import zlib
+
+import numpy as np
+
+import prepare
+from prepare import END, InputError, Tokenizer, read_flags, run, setting, show_progress, whole_file
+
+os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")  # Apple's jax-metal needs it, nobody else minds
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    # A CPU device for each core: small matrix products run faster on one core each than spread over all of them.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={os.cpu_count() or 1}"
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# ---------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    n_layer: int = setting(4, "transformer blocks", low=1, high=1000)
+    n_head: int = setting(4, "attention heads in a block", low=1, high=1000)
+    n_embd: int = setting(128, "width: numbers that stand for a token", low=1, high=1 << 16)
+    block_size: int = setting(64, "context: tokens the model sees at once", low=1, high=1 << 20)
+    dropout: float = setting(0.0, "part of the activations set to 0 in training", low=0.0, high=0.9)
+    dtype: str = setting("float32", "of matrix products: float32 or bfloat16", choices=["float32", "bfloat16"])
+    vocab_size: int = 0  # the tokenizer's, not a flag
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    batch_size: int = setting(16, "sequences in a micro-batch", low=1, high=1 << 20)
+    grad_accum: int = setting(1, "micro-batches in a step", low=1, high=1 << 20)
+    max_steps: int = setting(2000, "optimiser steps", low=1)
+    minutes: float = setting(0.0, "train for about so long: measures the speed and sets max_steps; 0 means off", low=0.0)
+    learning_rate: float = setting(4e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it", low=0.0)
+    warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps", low=0.0)
+    weight_decay: float = setting(0.1, "of matrices", low=0.0)
+    grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip", low=0.0)
+    beta1: float = setting(0.9, "Adam's memory of the gradient", low=0.0, high=0.9999)
+    beta2: float = setting(0.99, "Adam's memory of the squared gradient", low=0.0, high=0.999999)
+    seed: int = setting(0, "of parameters, batches and dropout", low=0)
+    eval_every: int = setting(250, "steps between validations; 0 means never", low=0)
+    eval_tokens: int = setting(1 << 17, "validation tokens looked at, from the first on", low=1)
+    log_every: int = setting(10, "steps between rows of log.csv", low=1)
+    save_every: int = setting(250, "steps between checkpoints; 0 means only at the end", low=0)
+    sample_every: int = setting(0, "steps between samples; 0 means only at the end", low=0)
+    data_dir: str = setting("data", "folder with train.bin, val.bin and tokenizer.json")
+    out_dir: str = setting("out", "folder for checkpoints and log.csv")
+    resume: bool = setting(False, "go on from the last checkpoint in out_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Training, Model):
+    init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
+
+
+MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every", "sample_every", "data_dir", "out_dir", "resume"}
+
+# ---------------------------------------------------------------- parameters
+
+
+def init_params(model, seed=0):
+    """Nested dicts of float32 arrays; normal with deviation 0.02, smaller where a block adds to the residual stream
+    (GPT-2, section 2.3). NumPy's generator: the same numbers whatever the version of JAX."""
+    rng = np.random.default_rng(seed)
+    C = model.n_embd
+    normal = lambda *shape, scale=0.02: rng.normal(0, scale, shape).astype(np.float32)
+    small = 0.02 / math.sqrt(2 * model.n_layer)
+    block = lambda: {
+        "norm1": np.ones(C, np.float32),
+        "attn": {"wqkv": normal(C, 3 * C), "wo": normal(C, C, scale=small)},
+        "norm2": np.ones(C, np.float32),
+        "mlp": {"w_up": normal(C, 4 * C), "w_down": normal(4 * C, C, scale=small)},
+    }
+    return {"wte": normal(model.vocab_size, C), "blocks": [block() for _ in range(model.n_layer)], "norm": np.ones(C, np.float32)}
+
+
+# ---------------------------------------------------------------- layers
+
+
+def on_metal():
+    """Apple's GPU through jax-metal lacks some operations; the code keeps to those it has."""
+    return jax.default_backend().lower() in ("metal", "mps", "mtl")
+
+
+def matmul(a, b, model):
+    """a @ b in the model's dtype, the result in float32."""
+    return (a.astype(model.dtype) @ b.astype(model.dtype)).astype(jnp.float32)
+
+
+def rows(table, ids):
+    """table (N, C), ids (T,) -> (T, C). Metal has no usable gradient of table[ids]; there a one-hot product."""
+    return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else table[ids]
+
+
+def norm(x, gain):
+    """Root mean square normalisation (arXiv 1910.07467): (T, C) -> (T, C)."""
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain[None]
+
+
+def rotation(model):
+    """Cosines and sines (T, D/2) of the rotary positions (arXiv 2104.09864); constants, made in NumPy."""
+    half = model.n_embd // model.n_head // 2
+    angle = np.arange(model.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair of numbers by its position's angle: x (H, T, D), cos and sin (T, D/2)."""
+    a, b = jnp.split(x, 2, axis=-1)
+    cos, sin = cos[None], sin[None]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def drop(x, model, key):
+    """Dropout with an explicit key; without one, as in evaluation, nothing is dropped."""
+    if key is None or model.dropout == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - model.dropout, x.shape)
+    return jnp.where(keep, x / (1 - model.dropout), 0)
+
+
+def head(q, k, v, allowed, model):
+    """One attention head: q (T, D), k and v (S, D), allowed (T, S) -> (T, D) (arXiv 1706.03762, eq. 1)."""
+    scores = matmul(q, k.swapaxes(-1, -2), model) / np.float32(math.sqrt(q.shape[-1]))
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e9), axis=-1)  # finite: -inf gives NaN on Metal
+    return matmul(weights, v, model)
+
+
+def attention(x, wqkv, wo, where, cache, model):
+    """(T, C) -> (T, C), and the keys and values (H, S, D) that later tokens will look at."""
+    T, C = x.shape
+    q, k, v = matmul(x, wqkv, model).reshape(T, 3, model.n_head, -1).transpose(1, 2, 0, 3)  # each (H, T, D)
+    q, k = rotate(q, where["cos"], where["sin"]), rotate(k, where["cos"], where["sin"])
+    if cache is not None:  # one new token: put its key and value in their place among the old ones
+        k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
+    y = jax.vmap(head, (0, 0, 0, None, None))(q, k, v, where["allowed"], model)
+    return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
+
+
+def feed_forward(x, w_up, w_down, model):
+    """Two matrices with a squared ReLU between them (arXiv 2109.08668): (T, C) -> (T, 4C) -> (T, C)."""
+    return matmul(jnp.square(jax.nn.relu(matmul(x, w_up, model))), w_down, model)
+
+
+def block(x, norm1, attn, norm2, mlp, where, cache, model, keys):
+    """One transformer block, normalised before each part: (T, C) -> (T, C) and its keys and values."""
+    y, cache = attention(norm(x, norm1), **attn, where=where, cache=cache, model=model)
+    x = x + drop(y, model, keys[0])
+    return x + drop(feed_forward(norm(x, norm2), **mlp, model=model), model, keys[1]), cache
+
+
+# ---------------------------------------------------------------- model
+
+
+def forward(params, tokens, model, key=None, at=None, cache=None):
+    """One sequence: tokens (T,) -> logits (T, V) for the token after each, and every block's keys and values.
+
+    Training needs no more. Generation asks for one position only: the logits after tokens[at] (1, V) when it fills the
+    cache, and with `cache` given, the logits after the one token (1,) that now stands at position `at`.
+    """
+    T = len(tokens)
+    cos, sin = rotation(model)
+    if cache is None:
+        where = dict(cos=cos[:T], sin=sin[:T], allowed=np.tri(T, dtype=bool))
+        cache = [None] * model.n_layer
+    else:
+        S = np.arange(model.block_size)
+        where = dict(cos=rows(jnp.array(cos), at[None]), sin=rows(jnp.array(sin), at[None]), here=(S == at)[None, :, None],
+                     allowed=(S <= at)[None])
+        at = None
+    keys = [None] * (2 * model.n_layer + 1) if key is None else jax.random.split(key, 2 * model.n_layer + 1)
+    x = drop(rows(params["wte"], tokens), model, keys[-1])
+    new_cache = []
+    for i, parameters in enumerate(params["blocks"]):
+        x, kv = block(x, **parameters, where=where, cache=cache[i], model=model, keys=keys[2 * i:])
+        new_cache.append(kv)
+    if at is not None:
+        x = rows(x, at[None])
+    return matmul(norm(x, params["norm"]), params["wte"].T, model), new_cache  # the head is the embedding, transposed
+
+
+# ---------------------------------------------------------------- loss
+
+
+def token_losses(params, x, y, key, model):
+    """Cross-entropy in nats of each token: x, y (T,) -> (T,)."""
+    logits, _ = forward(params, x, model, key)
+    picked = (logits * jax.nn.one_hot(y, logits.shape[-1])).sum(-1)  # not a gather: its gradient fails on Metal
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def loss(params, batch, key, model):
+    """Weighted sum of the tokens' losses, and the sum of the weights. batch: x, y (B, T) int32, w (B, T) float32.
+
+    Sums, not a mean: micro-batches and devices with unequal weights add up to the right gradient."""
+    x, y, w = batch
+    keys = jax.random.split(key, len(x)) if model.dropout else None
+    losses = jax.vmap(functools.partial(token_losses, model=model), (None, 0, 0, 0))(params, x, y, keys)
+    return (losses * w).sum(), w.sum()
+
+
+# ---------------------------------------------------------------- optimiser
+
+
+def learning_rate(step, cfg):
+    """Step (from 0) -> linear warm-up, then a cosine from the peak to 5 % of it at max_steps."""
+    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.max_steps
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / (warmup + 1)
+    part = min(1.0, (step - warmup) / max(1.0, cfg.max_steps - warmup))
+    return cfg.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * part)))
+
+
+def rates(step, cfg):
+    """What Adam needs of the step (from 0), computed on the host: learning rate and the two bias corrections."""
+    return np.array([learning_rate(step, cfg), 1 - cfg.beta1 ** (step + 1), 1 - cfg.beta2 ** (step + 1)], np.float32)
+
+
+def adam(state, grads, rates, cfg):
+    """One step of Adam (arXiv 1412.6980) with decoupled weight decay of matrices (arXiv 1711.05101) and the gradient
+    clipped to a global norm. state: params and both moments m, v, alike nested dicts."""
+    lr, correct1, correct2 = rates
+    length = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
+    scale = jnp.minimum(1.0, cfg.grad_clip / (length + 1e-6)) if cfg.grad_clip else 1.0
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    m = jax.tree.map(lambda m, g: m + (1 - cfg.beta1) * (g - m), state["m"], grads)
+    v = jax.tree.map(lambda v, g: v + (1 - cfg.beta2) * (g * g - v), state["v"], grads)
+    move = lambda p, m, v: m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + (cfg.weight_decay * p if p.ndim > 1 else 0)
+    return dict(params=jax.tree.map(lambda p, m, v: p - lr * move(p, m, v), state["params"], m, v), m=m, v=v)
+
+
+def new_state(params):
+    zeros = lambda: jax.tree.map(np.zeros_like, params)
+    return dict(params=params, m=zeros(), v=zeros())
+
+
+# ---------------------------------------------------------------- step
+
+
+def make_step(objective, cfg):
+    """objective(params, batch, key) -> (sum, count) becomes two compiled functions: `add` adds the gradient of a
+    micro-batch to the sums so far, `step` does so for the last one and then moves the parameters."""
+
+    def add(sums, params, batch, key):
+        (total, count), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
+        return jax.tree.map(jnp.add, sums, (grads, total, count)) if sums else (grads, total, count)
+
+    def step(sums, state, batch, key, rates):
+        grads, total, count = add(sums, state["params"], batch, key)
+        count = jnp.maximum(count, 1)
+        return adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg), total / count
+
+    donate = {} if on_metal() else dict(donate_argnums=(0, 1))
+    return jax.jit(add), functools.partial(jax.jit, **donate)(step)
+
+
+def placements(batch_size):
+    """Where arrays live: (one copy on each device, split over the devices along the first axis). As many devices as
+    divide the batch; jit sees the placement and adds what the devices must tell each other."""
+    n = max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
+    mesh = Mesh(np.array(jax.devices()[:n]), ("data",))
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+# ---------------------------------------------------------------- data
+
+
+def load_tokens(data_dir, name, tokenizer, block_size):
+    """Memory-mapped ids of train.bin or val.bin, checked."""
+    path = pathlib.Path(data_dir) / name
+    if path.stat().st_size % 2:
+        raise InputError(f"{path}: damaged (odd length); run prepare.py again")
+    ids = np.memmap(path, "<u2", "r") if path.stat().st_size else np.zeros(0, "<u2")
+    if len(ids) < 2 or (name == "train.bin" and len(ids) < block_size + 1):
+        raise InputError(f"{path}: {len(ids)} tokens, too few for block_size {block_size}; use more text or a smaller --block_size")
+    for start in range(0, len(ids), 1 << 24):
+        if ids[start:start + (1 << 24)].max() >= tokenizer.size:
+            raise InputError(f"{path}: ids beyond the vocabulary of {tokenizer.size}; run prepare.py again")
+    return ids
+
+
+def random_batch(ids, n, T, seed, number):
+    """The number-th batch of a run: n rows of T + 1 tokens, a function of (seed, number) alone, so that a resumed run
+    sees what an uninterrupted one would have seen. A row begins where a document does, if one begins nearby."""
+    batch = np.empty((n, T + 1), np.int32)
+    for row, start in enumerate(np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)):
+        ends = np.flatnonzero(ids[start:start + T] == END)
+        if len(ends) and start + ends[0] + T + 2 <= len(ids):
+            start += ends[0] + 1
+        batch[row] = ids[start:start + T + 1]
+    return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
+
+
+def make_validation(ids, tokenizer, model, cfg, placed):
+    """-> a function of the parameters: (nats a token, bits a byte) over the first eval_tokens of ids."""
+    T, n = model.block_size, 4 * cfg.batch_size
+    ids = np.array(ids[:cfg.eval_tokens + 1], np.int32)
+    count = -(-(len(ids) - 1) // T)  # rows; the last ones are padded with weight 0
+    padded = lambda a, dtype: np.pad(a.astype(dtype), (0, -(-count // n) * n * T - len(a))).reshape(-1, n, T)
+    batches = list(zip(padded(ids[:-1], np.int32), padded(ids[1:], np.int32), padded(np.ones(len(ids) - 1), np.float32)))
+    size = sum(len(tokenizer.bytes[i]) for i in ids[1:])
+    compiled = jax.jit(lambda params, batch: loss(params, batch, None, dataclasses.replace(model, dropout=0.0))[0])
+
+    def validate(params):
+        nats = sum(float(compiled(params, jax.device_put(batch, placed))) for batch in batches)
+        return nats / (len(ids) - 1), nats / math.log(2) / max(1, size)
+
+    return validate
+
+
+# ---------------------------------------------------------------- generation
+
+
+def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+    """Logits (V,) of the next token -> an id. Temperature 0 takes the likeliest; top_k keeps the k likeliest, top_p
+    the fewest that together have probability p (arXiv 1904.09751); the penalty lowers tokens already in `history`
+    (arXiv 1909.05858)."""
+    logits = np.array(logits, np.float64)
+    if repetition_penalty != 1 and len(history):
+        seen = np.unique(history)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition_penalty, logits[seen] * repetition_penalty)
+    if temperature == 0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    p = np.exp((logits[order] - logits[order[0]]) / temperature)
+    p /= p.sum()
+    keep = np.cumsum(p) - p < top_p
+    return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
+
+
+def make_generator(model):
+    """-> generate(params, prompts, choose, max_new_tokens), compiled once for any length of prompt.
+
+    prompts: lists of ids; choose(row, logits (V,), ids so far) -> id. Yields after each step the list of new ids, None
+    for a row that has said END. The cache holds block_size tokens; a row that fills it goes on from its last half.
+    """
+    model = dataclasses.replace(model, dropout=0.0)
+    T = model.block_size
+    each = lambda f, *axes: jax.jit(jax.vmap(f, axes))
+    prefill = each(lambda p, tokens, at: forward(p, tokens, model, at=at), None, 0, 0)
+    advance = each(lambda p, token, at, cache: forward(p, token[None], model, at=at, cache=cache), None, 0, 0, 0)
+
+    def generate(params, prompts, choose, max_new_tokens):
+        n = len(prompts)
+        windows, history, alive = [list(p[-T:]) for p in prompts], [list(p) for p in prompts], [True] * n
+        whole, placed = placements(n)
+        params, logits = jax.device_put(params, whole), None
+        for _ in range(max_new_tokens):
+            if logits is None or any(len(w) > T for w in windows):
+                windows = [w if len(w) <= T else w[-(T // 2 + 1):] for w in windows]
+                padded = np.array([w + [END] * (T - len(w)) for w in windows], np.int32)
+                at = np.array([len(w) - 1 for w in windows], np.int32)
+                logits, cache = prefill(params, *jax.device_put((padded, at), placed))
+            else:
+                token = np.array([w[-1] for w in windows], np.int32)
+                at = np.array([len(w) - 1 for w in windows], np.int32)
+                logits, cache = advance(params, *jax.device_put((token, at), placed), cache)
+            new = []
+            for i, row in enumerate(np.asarray(logits)[:, 0]):
+                id = choose(i, row, history[i]) if alive[i] else END
+                new.append(id if alive[i] else None)
+                alive[i] = alive[i] and id != END
+                if alive[i]:
+                    windows[i].append(id)
+                    history[i].append(id)
+            yield new
+            if not any(alive):
+                return
+
+    return generate
+
+
+# ---------------------------------------------------------------- checkpoint
+
+FORMAT = 1
+
+
+def named_leaves(tree):
+    """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}, and how to put them together again."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in leaves}, structure
+
+
+def save_checkpoint(path, state, about):
+    """One file with everything: parameters, Adam's moments, and `about` (configuration, tokenizer, step) as JSON."""
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state)[0].items()}
+    if not all(np.isfinite(a).all() for a in arrays.values()):
+        raise InputError(f"{path}: not written, the parameters are no longer finite; try a smaller --learning_rate")
+    with whole_file(path) as file:
+        np.savez(file, about=np.array(json.dumps(dict(about, format=FORMAT))), **arrays)
+
+
+def load_checkpoint(path):
+    """-> (state, about, Model, Tokenizer), all of it checked; InputError says what is wrong with the file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        about = json.loads(str(arrays.pop("about")))
+        if about["format"] > FORMAT:
+            raise InputError(f"{path}: written by a newer version; update this program")
+        model, tokenizer = Model(**about["model"]), Tokenizer.from_json(about["tokenizer"], path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
+        raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__}); take an earlier one, such as *.prev.npz") from None
+    leaves, structure = named_leaves(new_state(init_params(model)))
+    for name, leaf in leaves.items():
+        found = arrays.get(name)
+        if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype or not np.isfinite(found).all():
+            raise InputError(f"{path}: damaged, {name} is missing or not a finite {leaf.dtype} array of shape {leaf.shape}")
+    return jax.tree_util.tree_unflatten(structure, [arrays[name] for name in leaves]), about, model, tokenizer
+
+
+# ---------------------------------------------------------------- loop
+
+
+def draw_curve(values, width=64, height=8):
+    """Losses -> a small plot in plain characters."""
+    values = [float(np.mean(part)) for part in np.array_split(values, min(width, len(values)))]
+    low, high = min(values), max(values)
+    level = [round((v - low) / max(high - low, 1e-9) * (height - 1)) for v in values]
+    lines = ["".join("*" if l == h else " " for l in level).rstrip() for h in reversed(range(height))]
+    return "\n".join(f"{label:>7} |{line}" for label, line in zip([f"{high:.2f}"] + [""] * (height - 2) + [f"{low:.2f}"], lines))
+
+
+def time_left(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+LOG_COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
+
+
+def open_log(path, step):
+    """log.csv, to write on after the row of `step`: rows that an interrupted run wrote beyond its checkpoint go."""
+    lines = path.read_text().splitlines()[1:] if step and path.exists() else []
+    with whole_file(path) as file:
+        file.writelines(f"{line}\n".encode() for line in [LOG_COLUMNS] + [l for l in lines if int(l.split(",")[0]) <= step])
+    return open(path, "a", buffering=1)
+
+
+def train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample):
+    """Train from about["step"] to cfg.max_steps; -> state. Everything random is a function of (seed, step).
+
+    batch_at(number) gives a micro-batch, validate(params) losses, show_sample(params) prints a text."""
+    placed, split = placements(cfg.batch_size)
+    add, compiled_step = make_step(objective, cfg)
+    on_cpu = jax.default_backend() == "cpu"
+    stop, losses, first, started = [], [], about["step"], time.time() - about["seconds"]
+
+    def batches_of(step):
+        numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
+        return [(batch_at(n), np.array([cfg.seed, n], np.uint32)) for n in numbers]
+
+    def take_step(state, step, batches):
+        sums = None
+        for batch, key in batches[:-1]:
+            sums = jax.block_until_ready(add(sums, state["params"], jax.device_put(batch, split), key))
+        batch, key = batches[-1]
+        return compiled_step(sums, state, jax.device_put(batch, split), key, rates(step, cfg))
+
+    if cfg.minutes and not first:
+        trial, seconds = jax.device_put(state, placed), []
+        for _ in range(22):
+            t = time.time()
+            trial, value = take_step(trial, 0, batches_of(0))
+            value.block_until_ready()
+            seconds.append(time.time() - t)
+        speed, looking = float(np.median(seconds[2:])), 0.0
+        if validate and cfg.eval_every:
+            validate(trial["params"])
+            t = time.time()
+            validate(trial["params"])
+            looking = time.time() - t
+        left = 60 * cfg.minutes - (time.time() - started) - looking
+        cfg = dataclasses.replace(cfg, max_steps=max(1, int(left / (speed + looking / (cfg.eval_every or 1)))))
+        print(f"{1000 * speed:.0f} ms a step: {cfg.max_steps} steps in {cfg.minutes:g} minutes")
+        about["config"] = dataclasses.asdict(cfg)
+
+    def save(step):
+        save_checkpoint(path, state, dict(about, step=step, seconds=time.time() - started))
+        about["saved"] = step
+
+    handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
+    log = open_log(log_path, first)
+    state = jax.device_put(state, placed)
+    if not first:
+        save(0)
+    busy, since, batches = 0.0, first, batches_of(first)
+    for step in range(first, cfg.max_steps):
+        t = time.time()
+        state, value = take_step(state, step, batches)
+        batches = batches_of(step + 1)  # made while the device works
+        done, last = step + 1, step + 1 == cfg.max_steps or bool(stop)
+        logging = done % cfg.log_every == 0 or done == 1 or last
+        if on_cpu or logging:
+            value = float(value)  # waits; on virtual CPU devices two steps in flight block each other
+        busy += time.time() - t
+        look = validate and cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
+        if logging or look:
+            value = float(value)
+            losses.append(value)
+            if not math.isfinite(value):
+                raise InputError(f"step {done}: the loss is {value}; {path} holds step {about['saved']}; try a smaller --learning_rate")
+            nats, bits = validate(state["params"]) if look else (None, None)
+            speed = (done - since) * cfg.batch_size * cfg.grad_accum * about["tokens_per_row"] / busy
+            busy, since = 0.0, done
+            log.write(f"{done},{value:.5f},{'' if nats is None else f'{nats:.5f}'},{'' if nats is None else f'{bits:.5f}'},"
+                      f"{learning_rate(step, cfg):.3g},{speed:.0f},{time.time() - started:.2f}\n")
+            left = (time.time() - started - about["seconds"]) / (done - first) * (cfg.max_steps - done)
+            if done == 1:
+                show_progress(f"first loss {value:.3f}", last=True)
+            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {'' if nats is None else f'validation {nats:.3f}  '}"
+                          f"{speed:.0f} tokens/s  {time_left(left)} left", last=bool(look) or last)
+        if cfg.sample_every and done % cfg.sample_every == 0 and not last:
+            show_sample(state["params"])
+        if last or (cfg.save_every and done % cfg.save_every == 0):
+            save(done)
+        if stop:
+            break
+    log.close()
+    for s, handler in handlers:
+        signal.signal(s, handler)
+    if stop:
+        print(f"interrupted at step {done}, saved in {path}; go on with: python {pathlib.Path(sys.argv[0]).name} --resume")
+        sys.exit(130)
+    if len(losses) > 1:
+        print(draw_curve(losses))
+    return jax.device_get(state)
+
+
+def keep_previous(*paths):
+    """Before a fresh run: a.npz -> a.prev.npz."""
+    for path in paths:
+        if path.exists():
+            kept = path.with_name(f"{path.stem}.prev{path.suffix}")
+            os.replace(path, kept)
+            print(f"the {path.name} of the run before is now {kept}")
+
+
+# ---------------------------------------------------------------- main
+
+
+def describe(cfg, model, params, train_tokens):
+    """What a user should know before training starts."""
+    count = sum(p.size for p in jax.tree.leaves(params))
+    devices = placements(cfg.batch_size)[0].mesh.devices.size
+    tokens = cfg.batch_size * cfg.grad_accum * model.block_size
+    print(f"{devices} {jax.default_backend()} device(s), {count:,} parameters, {tokens} tokens a step, {train_tokens} tokens an epoch"
+          f" ({train_tokens / tokens:.0f} steps), expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
+
+
+def resume_config(cfg, given, saved, path):
+    """The configuration of an interrupted run with the flags that may change; others must agree with it."""
+    for name in given:
+        if name not in MAY_CHANGE and saved.get(name) != getattr(cfg, name):
+            raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved.get(name)}; leave it out or start afresh")
+    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given and k not in ("resume", "out_dir")})
+
+
+def main(argv):
+    cfg, given = read_flags(Config, argv, __doc__)
+    out_dir = pathlib.Path(cfg.out_dir)
+    path, log_path = out_dir / "base.npz", out_dir / "log.csv"
+    if cfg.resume:
+        state, about, model, tokenizer = load_checkpoint(path)
+        cfg = resume_config(cfg, given, about["config"], path)
+    data_dir = pathlib.Path(cfg.data_dir)
+    if "data_dir" not in given and not (data_dir / "train.bin").exists():
+        print(f"no {data_dir}/train.bin yet: running prepare.py")
+        prepare.main(["--out_dir", str(data_dir)])
+    data_tokenizer = Tokenizer.from_json((data_dir / "tokenizer.json").read_text(encoding="utf-8"), data_dir / "tokenizer.json")
+    if cfg.resume:
+        if tokenizer.merges != data_tokenizer.merges:
+            raise InputError(f"{data_dir}: another vocabulary than that of {path}")
+    else:
+        tokenizer = data_tokenizer
+        model = Model(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)} | dict(vocab_size=tokenizer.size))
+        if cfg.init:
+            state, about, model, other = load_checkpoint(cfg.init)
+            if other.merges != tokenizer.merges:
+                raise InputError(f"{cfg.init}: another vocabulary than that of {data_dir}")
+            params = state["params"]
+        elif model.n_embd % (2 * model.n_head):
+            raise InputError(f"--n_embd {model.n_embd}: must be a multiple of 2 x n_head = {2 * model.n_head}")
+        else:
+            params = init_params(model, cfg.seed)
+        state = new_state(params)
+        about = dict(kind="base", model=dataclasses.asdict(model), config=dataclasses.asdict(cfg), tokenizer=tokenizer.to_json(),
+                     step=0, seconds=0.0, tokens_per_row=model.block_size)
+    if model.dtype == "bfloat16" and on_metal():
+        raise InputError("--dtype bfloat16: not on Metal; leave it out")
+    ids, val = (load_tokens(data_dir, name, tokenizer, model.block_size) for name in ("train.bin", "val.bin"))
+    describe(cfg, model, state["params"], len(ids))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not cfg.resume:
+        keep_previous(path, log_path)
+    batch_at = functools.partial(random_batch, ids, cfg.batch_size, model.block_size, cfg.seed)
+    validate = make_validation(val, tokenizer, model, cfg, placements(cfg.batch_size)[1])
+    generate = make_generator(model)
+
+    def show_sample(params):
+        rng = np.random.default_rng(cfg.seed)
+        choose = lambda _, logits, history: sample(logits, history, rng, temperature=0.8, top_k=50)
+        print("sample:", tokenizer.decode(i for i, in generate(params, [[END]], choose, 2 * model.block_size) if i is not None), "\n")
+
+    state = train(cfg, state, about, functools.partial(loss, model=model), batch_at, validate, path, log_path, show_sample)
+    show_sample(state["params"])
+    print(f"checkpoint: {path}\nnext: python sft.py   (or continue a text: python chat.py {path})")
+
+
+if __name__ == "__main__":
+    run(main)

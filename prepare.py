@@ -1,0 +1,518 @@
+"""Text in, token files out: a byte-level BPE tokenizer from scratch, the readers, and the built-in corpus.
+
+    python prepare.py                      # the built-in corpus and its questions and answers
+    python prepare.py my.txt more/         # your own text: files, folders, .jsonl, .gz, .bz2, or - for standard input
+
+It writes train.bin and val.bin (uint16 token ids) and tokenizer.json. Reading order: errors and flags, Tokenizer,
+reading text, the built-in corpus, main.
+"""
+import argparse
+import bz2
+import codecs
+import contextlib
+import csv
+import dataclasses
+import difflib
+import functools
+import gzip
+import heapq
+import itertools
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import sys
+import time
+from collections import Counter, defaultdict
+from multiprocessing import Pool
+
+import numpy as np
+
+# ---------------------------------------------------------------- errors and flags
+
+
+class InputError(Exception):
+    """Something the user can put right; run() prints it as one line."""
+
+
+def run(main):
+    """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except InputError as e:
+        problem = str(e)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
+    except OSError as e:
+        problem = f"{e.filename or 'input/output'}: {e.strerror or e}"
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
+    else:
+        return
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def setting(default, help, low=None, high=None, **arg):
+    """A dataclass field that is also a command-line flag with a range; `arg` goes to argparse.add_argument."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, arg=arg))
+
+
+def read_flags(settings_class, argv, doc):
+    """Command line -> (settings, the set of names that were given)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+
+    def refuse(message):
+        raise InputError(f"{message}; see --help")
+
+    parser.error = refuse
+    fields = {f.name: f for f in dataclasses.fields(settings_class) if f.metadata}
+    for f in fields.values():
+        arg = dict(f.metadata["arg"])
+        name = arg.pop("positional", f"--{f.name}")
+        shown = "" if f.default in ("", (), None, False) else f" [{f.default}]"
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        parser.add_argument(name, help=f.metadata["help"].replace("%", "%%") + shown, **{**kind, **arg})
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        close = difflib.get_close_matches(word.split("=")[0].lstrip("-"), fields, 1)
+        refuse(f"unknown argument {word}" + (f", did you mean --{close[0]}?" if close and word[0] == "-" else ""))
+    given = vars(given)
+    for name, value in given.items():
+        low, high = fields[name].metadata["low"], fields[name].metadata["high"]
+        if (low is not None and not value >= low) or (high is not None and not value <= high):
+            raise InputError(f"--{name} {value}: must be {f'at least {low}' if high is None else f'from {low} to {high}'}")
+    return settings_class(**given), set(given)
+
+
+def show_progress(text, last=False):
+    """One line that stays in place on a terminal; when piped, only its last state is printed."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\033[K", end="\n" if last else "", flush=True)
+    elif last:
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Open a file for writing so that a reader finds the old one or the whole new one, whenever the power fails."""
+    part = pathlib.Path(f"{path}.part")
+    try:
+        with open(part, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- tokenizer
+
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
+END, USER, ASSISTANT = range(3)
+FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: the special tokens, the 256 bytes, the merges in the order they were learned
+
+# GPT-4's way of splitting text into words, with the standard re module. Merges never cross a word. No word is longer
+# than 256 characters: a megabyte of one letter would otherwise take quadratic time.
+WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?[^\W\d_]{1,255}|\d{1,3}| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}"
+                  r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
+
+
+def merge(ids, pair, new):
+    """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
+    out, i = [], 0
+    while i < len(ids):
+        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
+            out.append(new)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+def train_bpe(words, vocab_size):
+    """Counts of words -> list of merges (pairs of ids), the most frequent pair first (Sennrich 2016, arXiv 1508.07909).
+
+    A heap gives the most frequent pair, and only the words that hold it are recounted. An entry of the heap may be out
+    of date (too high): it goes back with its present count. Ties go to the smaller pair, so the result is unique.
+    """
+    words = [([b + FIRST_BYTE for b in w.encode()], n) for w, n in sorted(words.items())]
+    count, where = Counter(), defaultdict(set)
+    for i, (ids, n) in enumerate(words):
+        for pair in zip(ids, ids[1:]):
+            count[pair] += n
+            where[pair].add(i)
+    heap = [(-n, pair) for pair, n in count.items()]
+    heapq.heapify(heap)
+    merges, shown = [], time.time()
+    while heap and FIRST_MERGE + len(merges) < vocab_size:
+        n, pair = heapq.heappop(heap)
+        if count[pair] != -n:
+            if count[pair] > 0:
+                heapq.heappush(heap, (-count[pair], pair))
+            continue
+        if -n < 2:
+            break  # a pair that occurs once saves nothing
+        new = FIRST_MERGE + len(merges)
+        merges.append(pair)
+        changed = set()
+        for i in where.pop(pair):
+            ids, n = words[i]
+            after = merge(ids, pair, new)
+            for p in zip(ids, ids[1:]):
+                count[p] -= n
+            for p in zip(after, after[1:]):
+                count[p] += n
+                where[p].add(i)
+                if new in p:
+                    changed.add(p)
+            words[i] = after, n
+        for p in changed:
+            heapq.heappush(heap, (-count[p], p))
+        if time.time() - shown > 1:
+            show_progress(f"tokenizer: {new + 1} of {vocab_size} tokens")
+            shown = time.time()
+    return merges
+
+
+class Tokenizer:
+    """Byte-level BPE. `encode` never returns a special id; `decode(encode(s)) == s` for every text s."""
+
+    def __init__(self, merges):
+        self.merges = [tuple(pair) for pair in merges]
+        self.rank = {pair: FIRST_MERGE + i for i, pair in enumerate(self.merges)}
+        self.bytes = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]  # what each id stands for
+        for a, b in self.merges:
+            self.bytes.append(self.bytes[a] + self.bytes[b])
+        self.size = len(self.bytes)
+        self.known = {}  # word -> ids, filled as words are met
+
+    def encode_word(self, word):
+        ids = [b + FIRST_BYTE for b in word.encode("utf-8", "replace")]
+        while len(ids) > 1:
+            pair = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, self.size))
+            if pair not in self.rank:
+                break
+            ids = merge(ids, pair, self.rank[pair])
+        if len(word) <= 64 and len(self.known) < 1_000_000:
+            self.known[word] = ids
+        return ids
+
+    def encode(self, text):
+        """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?"."""
+        ids = []
+        for word in WORD.findall(text):
+            ids += self.known.get(word) or self.encode_word(word)
+        return ids
+
+    def decode(self, ids):
+        """Ids -> text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
+
+    def stream(self, ids):
+        """Ids -> pieces of text as soon as they are whole characters."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            yield decoder.decode(self.bytes[i])
+        yield decoder.decode(b"", True)
+
+    def to_json(self):
+        """Readable: one merge a line, as the two ids and what they spell."""
+        rows = (json.dumps([a, b, self.bytes[FIRST_MERGE + i].decode("utf-8", "replace")], ensure_ascii=False)
+                for i, (a, b) in enumerate(self.merges))
+        return '{"type": "pygpt byte-level bpe", "special": %s, "merges": [\n%s\n]}\n' % (json.dumps(SPECIAL), ",\n".join(rows))
+
+    @classmethod
+    def from_json(cls, text, source):
+        """The reverse; raises InputError naming `source` when the text is not a tokenizer."""
+        try:
+            data = json.loads(text)
+            merges = [(int(a), int(b)) for a, b, _ in data["merges"]]
+            assert data["special"] == SPECIAL
+            assert all(FIRST_BYTE <= x < FIRST_MERGE + i for i, pair in enumerate(merges) for x in pair)
+        except (ValueError, TypeError, KeyError, AssertionError):
+            raise InputError(f"{source}: not a tokenizer written by prepare.py; run prepare.py again") from None
+        return cls(merges)
+
+
+# ---------------------------------------------------------------- reading text, writing tokens
+
+PIECE = 1 << 20  # characters; text is read and encoded in pieces of about this size
+TEXT_FILES = (".txt", ".md", ".jsonl")
+
+
+def open_bytes(path):
+    """A file to read from, decompressed when its name ends in .gz or .bz2; "-" is standard input."""
+    if path == "-":
+        return sys.stdin.buffer
+    return {".gz": gzip.open, ".bz2": bz2.open}.get(pathlib.Path(path).suffix, open)(path, "rb")
+
+
+def to_text(raw, source):
+    """Bytes -> text; refuses what is clearly not UTF-8 text."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{source}: UTF-16 text; save it as UTF-8 first")
+    if b"\0" in raw:
+        raise InputError(f"{source}: not text (it has zero bytes)")
+    return raw.decode("utf-8", "replace").removeprefix("\ufeff")
+
+
+def read_documents(paths, seen):
+    """Paths -> (piece of text, whether its document ends there), in order. Counts what it saw in `seen`."""
+    for path in paths:
+        if path != "-" and pathlib.Path(path).is_dir():
+            inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if set(p.suffixes[-2:]) & set(TEXT_FILES))
+            if not inside:
+                raise InputError(f"{path}: a folder without text files ({', '.join(TEXT_FILES)}, also as .gz or .bz2)")
+            yield from read_documents(inside, seen)
+            continue
+        json_lines, held, length, line_number = ".jsonl" in pathlib.Path(path).suffixes[-2:], [], 0, 0
+        try:
+            with open_bytes(path) as file:
+                while raw := file.readline(64 * PIECE):
+                    line_number += 1
+                    source = f"{'standard input' if path == '-' else path}:{line_number}"
+                    line = to_text(raw, source)
+                    seen["bytes"] += len(raw)
+                    seen["replaced"] += line.count("\ufffd")
+                    if path == "-" and line_number == 1:
+                        json_lines = line.startswith('{"')
+                    if json_lines:
+                        seen["documents"] += 1
+                        yield json_text(line, source), True
+                        continue
+                    held.append(line)
+                    length += len(line)
+                    if length >= PIECE:
+                        yield "".join(held), False
+                        held, length = [], 0
+        except (EOFError, gzip.BadGzipFile) as e:
+            raise InputError(f"{path}: damaged compressed file ({e})") from None
+        if not line_number:
+            raise InputError(f"{path}: empty; give it some text")
+        if not json_lines:
+            seen["documents"] += 1
+            yield "".join(held), True
+
+
+def json_text(line, source):
+    """One JSON line -> its "text"."""
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise InputError(f'{source}: not a JSON object with a "text" string')
+    return text
+
+
+def in_groups(pieces):
+    """Pieces -> lists of pieces of about a million characters, one job for a worker."""
+    group, length = [], 0
+    for piece in pieces:
+        group.append(piece)
+        length += len(piece[0])
+        if length >= PIECE:
+            yield group
+            group, length = [], 0
+    if group:
+        yield group
+
+
+def encode_group(group, tokenizer):
+    """Pieces -> uint16 ids, each document closed by <|end|>."""
+    return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], np.uint16)
+
+
+def write_tokens(pieces, vocab_size, val_fraction, out_dir):
+    """Pieces of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
+    characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written."""
+    groups, words, first, started = in_groups(pieces), Counter(), [], time.time()
+    for group in itertools.islice(groups, 32):
+        first.append(group)
+        for text, _ in group:
+            words.update(WORD.findall(text))
+    tokenizer = Tokenizer(train_bpe(words, vocab_size))
+    encode = functools.partial(encode_group, tokenizer=tokenizer)
+    groups, cores = itertools.chain(first, groups), os.cpu_count() or 1
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with whole_file(out_dir / "train.bin") as train, Pool(cores if len(first) > 4 else 1) as pool:
+        tokens, shown = 0, time.time()
+        while some := list(itertools.islice(groups, 4 * cores)):
+            for ids in pool.imap(encode, some) if len(first) > 4 else map(encode, some):
+                ids.tofile(train)
+                tokens += len(ids)
+            if time.time() - shown > 1:
+                show_progress(f"{tokens / 1e6:.1f} M tokens, {tokens / (time.time() - started) / 1e6:.2f} M a second")
+                shown = time.time()
+        train.flush()
+        ids = np.memmap(train, "<u2", "r") if tokens else []
+        cut = int(tokens * (1 - val_fraction))
+        ends = np.flatnonzero(ids == END) if tokens else []
+        if len(ends) > 2:
+            cut = int(ends[np.searchsorted(ends[:-2], cut)]) + 1  # whole documents
+        if not 2 <= cut <= tokens - 2:
+            raise InputError(f"too little text: {tokens} tokens; give it more")
+        with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as readable:
+            ids[cut:].tofile(val)
+            readable.write(tokenizer.to_json().encode())
+        train.truncate(2 * cut)
+    return tokenizer, cut, tokens - cut
+
+
+# ---------------------------------------------------------------- the built-in corpus
+
+# data/world.csv holds the facts, data/wordings.csv the ways to state them and to ask for them: {x} is the subject, {xs}
+# its possessive, {v} the value, {n} a noun phrase. An attribute's first statement is also the answer. Wordings whose use
+# begins with "new" are kept out of training: they test questions that were never seen.
+DATA = pathlib.Path(__file__).with_name("data")
+
+
+def fill(template, x, v=""):
+    """fill("{xs} capital is {v}.", "the Netherlands", "Amsterdam") -> "The Netherlands' capital is Amsterdam." """
+    text = template.format(x=x, v=v, xs=x + ("'" if x.endswith("s") else "'s"))
+    return text[0].upper() + text[1:]
+
+
+def read_rows(name):
+    with open(DATA / name, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_world():
+    """world.csv -> a list of {subject: {attribute: value}}: a country and its capital, or an element."""
+    world = []
+    for row in read_rows("world.csv"):
+        name, kind = row.pop("name"), row.pop("kind")
+        world.append({name: {attribute: value for attribute, value in row.items() if value}})
+        if row["capital"]:
+            world[-1].setdefault(row["capital"], {})["country"] = name
+    return world
+
+
+class Wordings:
+    """The sentences of wordings.csv, drawn with the random numbers of `rng`."""
+
+    def __init__(self, rng):
+        self.rng, self.rows = rng, defaultdict(list)
+        for row in read_rows("wordings.csv"):
+            self.rows[row["about"], row["use"]].append(row["wording"])
+
+    def pick(self, use, about="any"):
+        return self.rng.choice(self.rows[about, use])
+
+    def answer(self, x, attribute, v):
+        return fill(self.rows[attribute, "statement"][0], x, v)
+
+    @functools.cache
+    def all_questions(self, attribute, new):
+        """Every question after an attribute: those used in training, or (new) those kept out of it."""
+        framed = lambda frame, noun: [f.replace("{n}", n) for f in self.rows["any", frame] for n in self.rows[attribute, noun]]
+        if new:
+            return framed("frame", "new noun") + framed("new frame", "noun") + self.rows[attribute, "new question"]
+        return framed("frame", "noun") + self.rows[attribute, "question"]
+
+    def question(self, x, attribute, new=False):
+        return fill(self.rng.choice(self.all_questions(attribute, new)), x)
+
+    def vary(self, question):
+        """The same question as people type it: with a word before it, without the final mark, in small letters."""
+        if self.rng.random() < 0.2:
+            question = f"{self.pick('prefix')} {question[0].lower()}{question[1:]}"
+        if self.rng.random() < 0.2:
+            question = question.rstrip(".?")
+        return question.lower() if self.rng.random() < 0.2 else question
+
+
+def built_in_corpus(seed):
+    """-> (documents, question/answer records to train on, records to test with).
+
+    The rows of world.csv are divided once: A has its facts in documents and in questions, B only in documents, C in
+    neither, it is just named. What the model answers about B it can only have learned in pretraining.
+    """
+    rng = random.Random(seed)
+    say = Wordings(rng)
+    documents, train, test, facts = [], [], [], {"A": [], "B": [], "C": []}
+    world = read_world()
+    rng.shuffle(world)
+    for i, subjects in enumerate(world):
+        group = "C" if i < len(world) * 0.1 else "B" if i < len(world) * 0.25 else "A"
+        for x, about in subjects.items():
+            facts[group] += [(x, a, v, about) for a, v in about.items()]
+            for _ in range(10 if group == "C" else {1: 12, 2: 20}.get(len(about), 30)):
+                sentences = [fill(say.pick("neutral"), x) for _ in range(3 if group == "C" else rng.random() < 0.15)]
+                if group != "C":
+                    sentences += [fill(say.pick("statement", a), x, v) for a, v in rng.sample(list(about.items()) * 4, 4)]
+                documents.append(" ".join(s.lower() if rng.random() < 0.15 else s for s in sentences))
+    for x, a, v, about in facts["A"] * 16:
+        record = dict(instruction=say.vary(say.question(x, a)), response=say.answer(x, a, v))
+        others = [b for b in about if b != a and (b, "follow-up") in say.rows]
+        turns = [record["instruction"], record["response"]]
+        if others and rng.random() < 0.1:
+            b = rng.choice(others)
+            follow_up = say.pick("follow-up frame").replace("{n}", say.pick("follow-up", b))
+            turns += [say.vary(follow_up), say.answer(x, b, about[b])]
+        elif rng.random() < 0.1:  # or a new subject after another answer
+            x, a, v, _ = rng.choice(facts["A"])
+            turns += [say.vary(say.question(x, a)), say.answer(x, a, v)]
+        if len(turns) > 2:
+            record = dict(messages=[dict(role=r, content=c) for r, c in zip(["user", "assistant"] * 2, turns)])
+        train.append(record)
+    small_talk = [(reply, said) for (reply, use), all_said in say.rows.items() if use == "small talk" for said in all_said]
+    train += [dict(instruction=say.vary(said), response=reply) for reply, said in rng.choices(small_talk, k=len(train) // 20)]
+    for group, new in [("A", False), ("A", True), ("B", False), ("B", True), ("C", False)]:
+        for x, a, v, _ in rng.sample(facts["A"], 300) if group == "A" else facts[group] * 2:
+            test.append(dict(instruction=say.question(x, a, new), response=say.answer(x, a, v), attribute=a, value=v,
+                             set=f"{group}, {'new' if new else 'seen'} wording"))
+    for x, a, v, _ in facts["B"]:
+        prompt, rest = say.answer(x, a, "|").split("|")
+        test.append(dict(prompt=prompt.rstrip(), response=f" {v}{rest}", attribute=a, value=v, set="B, sentence to complete"))
+    rng.shuffle(documents)
+    rng.shuffle(train)
+    return documents, train, test
+
+
+# ---------------------------------------------------------------- main
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    inputs: str = setting((), "text files, folders, .jsonl with a \"text\" field, also .gz or .bz2; - is standard input;"
+                          " nothing: the built-in corpus", nargs="*", positional="inputs", metavar="INPUT")
+    out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
+    vocab_size: int = setting(1024, "tokens in the vocabulary, fewer if the text is too small", low=FIRST_MERGE, high=1 << 16)
+    val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation", low=0.0, high=0.9)
+    seed: int = setting(0, "divides the built-in corpus into A, B and C", low=0)
+
+
+def main(argv):
+    s, _ = read_flags(Settings, argv, __doc__)
+    out_dir, started, seen = pathlib.Path(s.out_dir), time.time(), Counter()
+    if s.inputs:
+        pieces = read_documents(s.inputs, seen)
+    else:
+        documents, train, test = built_in_corpus(s.seed)
+        seen.update(documents=len(documents), bytes=sum(len(d.encode()) for d in documents))
+        pieces = ((d, True) for d in documents)
+    tokenizer, train_tokens, val_tokens = write_tokens(pieces, s.vocab_size, s.val_fraction, out_dir)
+    tokens = train_tokens + val_tokens
+    if seen["replaced"]:
+        print(f"warning: {seen['replaced']} invalid UTF-8 sequences became U+FFFD")
+    print(f"{out_dir}: {seen['documents']} documents, {seen['bytes'] / 1e6:.2f} MB, {train_tokens} + {val_tokens} tokens"
+          f" ({seen['bytes'] / tokens:.2f} bytes each), vocabulary {tokenizer.size}, {time.time() - started:.1f} s")
+    if not s.inputs:
+        for name, records in [("qa.jsonl", train), ("qa_test.jsonl", test)]:
+            with whole_file(out_dir / name) as file:
+                file.writelines(f"{json.dumps(r, ensure_ascii=False)}\n".encode() for r in records)
+        print(f"{out_dir}: {len(train)} questions and answers to learn from, {len(test)} to test with")
+        print("next: python gpt.py")
+
+
+if __name__ == "__main__":
+    run(main)
