@@ -112,7 +112,7 @@ def matmul(a, b, model):
 
 def rows(table, ids):
     """table (N, C), ids (T,) -> (T, C). Metal has no usable gradient of table[ids]; there a one-hot product."""
-    return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else table[ids]
+    return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else jnp.asarray(table)[ids]
 
 
 def norm(x, gain):
@@ -188,7 +188,7 @@ def forward(params, tokens, model, key=None, at=None, cache=None):
         cache = [None] * model.n_layer
     else:
         S = np.arange(model.block_size)
-        where = dict(cos=rows(jnp.array(cos), at[None]), sin=rows(jnp.array(sin), at[None]), here=(S == at)[None, :, None],
+        where = dict(cos=rows(cos, at[None]), sin=rows(sin, at[None]), here=(S == at)[None, :, None],
                      allowed=(S <= at)[None])
         at = None
     keys = [None] * (2 * model.n_layer + 1) if key is None else jax.random.split(key, 2 * model.n_layer + 1)
@@ -209,7 +209,8 @@ def token_losses(params, x, y, key, model):
     """Cross-entropy in nats of each token: x, y (T,) -> (T,)."""
     logits, _ = forward(params, x, model, key)
     picked = (logits * jax.nn.one_hot(y, logits.shape[-1])).sum(-1)  # not a gather: its gradient fails on Metal
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    top = jax.lax.stop_gradient(logits.max(-1))
+    return jnp.log(jnp.exp(logits - top[:, None]).sum(-1)) + top - picked
 
 
 def loss(params, batch, key, model):
@@ -273,7 +274,7 @@ def make_step(objective, cfg):
         count = jnp.maximum(count, 1)
         return adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg), total / count
 
-    donate = {} if on_metal() else dict(donate_argnums=(0, 1))
+    donate = {} if on_metal() else dict(donate_argnums=1)
     return jax.jit(add), functools.partial(jax.jit, **donate)(step)
 
 
@@ -416,7 +417,7 @@ def save_checkpoint(path, state, about):
 def load_checkpoint(path):
     """-> (state, about, Model, Tokenizer), all of it checked; InputError says what is wrong with the file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
         if about["format"] > FORMAT:

@@ -37,10 +37,10 @@ class InputError(Exception):
     """Something the user can put right; run() prints it as one line."""
 
 
-def run(main):
+def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
     try:
-        main(sys.argv[1:])
+        main(sys.argv[1:] if argv is None else argv)
     except InputError as e:
         problem = str(e)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
@@ -342,10 +342,10 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir):
     encode = functools.partial(encode_group, tokenizer=tokenizer)
     groups, cores = itertools.chain(first, groups), os.cpu_count() or 1
     out_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(out_dir / "train.bin") as train, Pool(cores if len(first) > 4 else 1) as pool:
+    with whole_file(out_dir / "train.bin") as train, (Pool(cores) if len(first) > 4 else contextlib.nullcontext()) as pool:
         tokens, shown = 0, time.time()
         while some := list(itertools.islice(groups, 4 * cores)):
-            for ids in pool.imap(encode, some) if len(first) > 4 else map(encode, some):
+            for ids in (pool.imap if pool else map)(encode, some):
                 ids.tofile(train)
                 tokens += len(ids)
             if time.time() - shown > 1:

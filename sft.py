@@ -27,8 +27,8 @@ from prepare import ASSISTANT, END, USER, InputError, read_flags, run, setting, 
 
 def read_records(path):
     """A JSON list or JSON lines, also .gz -> [(record, "file:line")]."""
-    raw = prepare.open_bytes(path).read()
-    text = prepare.to_text(raw, path)
+    with prepare.open_bytes(path) as file:
+        text = prepare.to_text(file.read(), path)
     if not text.strip():
         raise InputError(f"{path}: empty; give it questions and answers")
     try:
