@@ -14,7 +14,7 @@ import sys
 import gpt
 import numpy as np
 import sft
-from prepare import ASSISTANT, END, InputError, read_flags, run, setting
+from prepare import END, InputError, printable, read_flags, run, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +47,12 @@ def reply(ids, params, generate, tokenizer, cfg, rng):
     choose = lambda _, logits, history: gpt.sample(logits, history, rng, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty)
     new = (step[0] for step in generate(params, [ids], choose, cfg.max_new_tokens))
     for piece in tokenizer.stream(i for i in new if i != END):
-        yield sft.printable(piece)
+        yield printable(piece)
 
 
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
+    gpt.check_device()
     path = pathlib.Path(cfg.checkpoint or "out/chat.npz")
     if not cfg.checkpoint and not path.exists():
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only

@@ -23,7 +23,7 @@ import zlib
 import numpy as np
 
 import prepare
-from prepare import END, InputError, Tokenizer, read_flags, run, setting, show_progress, whole_file
+from prepare import END, InputError, Tokenizer, printable, read_flags, run, setting, show_progress, whole_file
 
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")  # Apple's jax-metal needs it, nobody else minds
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -103,6 +103,16 @@ def init_params(model, seed=0):
 def on_metal():
     """Apple's GPU through jax-metal lacks some operations; the code keeps to those it has."""
     return jax.default_backend().lower() in ("metal", "mps", "mtl")
+
+
+def check_device():
+    """One small operation; a plug-in that does not fit its jax fails here, with advice instead of a traceback."""
+    try:
+        jax.block_until_ready(jnp.zeros(2) + 1)
+    except Exception as e:
+        raise InputError(f"the {os.environ.get('JAX_PLATFORMS', 'default')} device fails at its first operation"
+                         f" ({str(e).splitlines()[0][:80]}); install the versions of requirements.txt, or set"
+                         " JAX_PLATFORMS=cpu to use the CPU") from None
 
 
 def matmul(a, b, model):
@@ -440,116 +450,22 @@ def load_checkpoint(path):
 
 def draw_curve(values, width=64, height=8):
     """Losses -> a small plot in plain characters."""
-    values = [float(np.mean(part)) for part in np.array_split(values, min(width, len(values)))]
-    low, high = min(values), max(values)
-    level = [round((v - low) / max(high - low, 1e-9) * (height - 1)) for v in values]
-    lines = ["".join("*" if l == h else " " for l in level).rstrip() for h in reversed(range(height))]
-    return "\n".join(f"{label:>7} |{line}" for label, line in zip([f"{high:.2f}"] + [""] * (height - 2) + [f"{low:.2f}"], lines))
-
-
-def time_left(seconds):
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
-
-
-LOG_COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
+    means = [float(np.mean(part)) for part in np.array_split(values, min(width, len(values)))]
+    low, high = min(means), max(means)
+    level = [round((v - low) / max(high - low, 1e-9) * (height - 1)) for v in means]
+    labels = [f"{high:.2f}"] + [""] * (height - 2) + [f"{low:.2f}"]
+    for h, label in zip(reversed(range(height)), labels):
+        print(f"{label:>7} |" + "".join("*" if l == h else " " for l in level).rstrip())
 
 
 def open_log(path, step):
-    """log.csv, to write on after the row of `step`: rows that an interrupted run wrote beyond its checkpoint go."""
+    """log.csv, to be written on from `step`: rows beyond it, of a run that was cut off, go."""
     lines = path.read_text().splitlines()[1:] if step and path.exists() else []
+    lines = [line for line in lines if int(line.split(",")[0]) <= step]
     with whole_file(path) as file:
-        file.writelines(f"{line}\n".encode() for line in [LOG_COLUMNS] + [l for l in lines if int(l.split(",")[0]) <= step])
+        header = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
+        file.write("".join(f"{line}\n" for line in [header, *lines]).encode())
     return open(path, "a", buffering=1)
-
-
-def train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample):
-    """Train from about["step"] to cfg.max_steps; -> state. Everything random is a function of (seed, step).
-
-    batch_at(number) gives a micro-batch, validate(params) losses, show_sample(params) prints a text."""
-    placed, split = placements(cfg.batch_size)
-    add, compiled_step = make_step(objective, cfg)
-    on_cpu = jax.default_backend() == "cpu"
-    stop, losses, first, started = [], [], about["step"], time.time() - about["seconds"]
-
-    def batches_of(step):
-        numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
-        return [(batch_at(n), np.array([cfg.seed, n], np.uint32)) for n in numbers]
-
-    def take_step(state, step, batches):
-        sums = None
-        for batch, key in batches[:-1]:
-            sums = jax.block_until_ready(add(sums, state["params"], jax.device_put(batch, split), key))
-        batch, key = batches[-1]
-        return compiled_step(sums, state, jax.device_put(batch, split), key, rates(step, cfg))
-
-    if cfg.minutes and not first:
-        trial, seconds = jax.device_put(state, placed), []
-        for _ in range(22):
-            t = time.time()
-            trial, value = take_step(trial, 0, batches_of(0))
-            value.block_until_ready()
-            seconds.append(time.time() - t)
-        speed, looking = float(np.median(seconds[2:])), 0.0
-        if validate and cfg.eval_every:
-            validate(trial["params"])
-            t = time.time()
-            validate(trial["params"])
-            looking = time.time() - t
-        left = 60 * cfg.minutes - (time.time() - started) - looking
-        cfg = dataclasses.replace(cfg, max_steps=max(1, int(left / (speed + looking / (cfg.eval_every or 1)))))
-        print(f"{1000 * speed:.0f} ms a step: {cfg.max_steps} steps in {cfg.minutes:g} minutes")
-        about["config"] = dataclasses.asdict(cfg)
-
-    def save(step):
-        save_checkpoint(path, state, dict(about, step=step, seconds=time.time() - started))
-        about["saved"] = step
-
-    handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
-    log = open_log(log_path, first)
-    state = jax.device_put(state, placed)
-    if not first:
-        save(0)
-    busy, since, batches = 0.0, first, batches_of(first)
-    for step in range(first, cfg.max_steps):
-        t = time.time()
-        state, value = take_step(state, step, batches)
-        batches = batches_of(step + 1)  # made while the device works
-        done, last = step + 1, step + 1 == cfg.max_steps or bool(stop)
-        logging = done % cfg.log_every == 0 or done == 1 or last
-        if on_cpu or logging:
-            value = float(value)  # waits; on virtual CPU devices two steps in flight block each other
-        busy += time.time() - t
-        look = validate and cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
-        if logging or look:
-            value = float(value)
-            losses.append(value)
-            if not math.isfinite(value):
-                raise InputError(f"step {done}: the loss is {value}; {path} holds step {about['saved']}; try a smaller --learning_rate")
-            nats, bits = validate(state["params"]) if look else (None, None)
-            speed = (done - since) * cfg.batch_size * cfg.grad_accum * about["tokens_per_row"] / busy
-            busy, since = 0.0, done
-            log.write(f"{done},{value:.5f},{'' if nats is None else f'{nats:.5f}'},{'' if nats is None else f'{bits:.5f}'},"
-                      f"{learning_rate(step, cfg):.3g},{speed:.0f},{time.time() - started:.2f}\n")
-            left = (time.time() - started - about["seconds"]) / (done - first) * (cfg.max_steps - done)
-            if done == 1:
-                show_progress(f"first loss {value:.3f}", last=True)
-            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {'' if nats is None else f'validation {nats:.3f}  '}"
-                          f"{speed:.0f} tokens/s  {time_left(left)} left", last=bool(look) or last)
-        if cfg.sample_every and done % cfg.sample_every == 0 and not last:
-            show_sample(state["params"])
-        if last or (cfg.save_every and done % cfg.save_every == 0):
-            save(done)
-        if stop:
-            break
-    log.close()
-    for s, handler in handlers:
-        signal.signal(s, handler)
-    if stop:
-        print(f"interrupted at step {done}, saved in {path}; go on with: python {pathlib.Path(sys.argv[0]).name} --resume")
-        sys.exit(130)
-    if len(losses) > 1:
-        print(draw_curve(losses))
-    return jax.device_get(state)
 
 
 def keep_previous(*paths):
@@ -561,73 +477,149 @@ def keep_previous(*paths):
             print(f"the {path.name} of the run before is now {kept}")
 
 
+def steps_in(cfg, seconds, take_step, validate):
+    """How many steps fit: the median of 20 after compiling, and the validations between them."""
+    times = []
+    for _ in range(22):
+        t = time.time()
+        take_step()
+        times.append(time.time() - t)
+    step, looking = float(np.median(times[2:])), 0.0
+    if validate and cfg.eval_every:
+        validate()
+        t = time.time()
+        validate()
+        looking = (time.time() - t) / cfg.eval_every
+    steps = max(1, int((seconds - sum(times)) / (step + looking)))
+    print(f"{1000 * step:.0f} ms a step: {steps} steps in {cfg.minutes:g} minutes")
+    return steps
+
+
+def train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample):
+    """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of (seed, step).
+
+    batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
+    placed, split = placements(cfg.batch_size)
+    add, finish_step = make_step(objective, cfg)
+    first, began, stop, losses = about["step"], time.time() - about["seconds"], [], []
+
+    def batches_of(step):
+        numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
+        return [(batch_at(n), np.array([cfg.seed, n], np.uint32)) for n in numbers]
+
+    def take_step(state, step, batches):
+        sums, *batches = None, *[(jax.device_put(batch, split), key) for batch, key in batches]
+        for batch in batches[:-1]:
+            sums = jax.block_until_ready(add(sums, state["params"], *batch))
+        return finish_step(sums, state, *batches[-1], rates(step, cfg))
+
+    def save(step):
+        save_checkpoint(path, state, dict(about, config=dataclasses.asdict(cfg), step=step, seconds=time.time() - began))
+
+    if cfg.minutes and not first:
+        trial, batches = [jax.device_put(state, placed), None], batches_of(0)
+        take = lambda: trial.__setitem__(slice(2), jax.block_until_ready(take_step(trial[0], 0, batches)))
+        steps = steps_in(cfg, 60 * cfg.minutes, take, validate and (lambda: validate(trial[0]["params"])))
+        cfg = dataclasses.replace(cfg, max_steps=steps)
+    state = jax.device_put(state, placed)
+    if not first:
+        save(0)  # a path that cannot be written fails now
+    handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
+    log, batches, busy, since, done = open_log(log_path, first), batches_of(first), 0.0, first, first
+    while done < cfg.max_steps and not stop:
+        t = time.time()
+        state, value = take_step(state, done, batches)
+        done += 1
+        batches = batches_of(done)  # made while the device works
+        last = done == cfg.max_steps or bool(stop)
+        looking = bool(validate and cfg.eval_every) and (done % cfg.eval_every == 0 or done == cfg.max_steps)
+        logging = done % cfg.log_every == 0 or done == 1 or last or looking
+        if logging or jax.default_backend() == "cpu":
+            value = float(value)  # waits: two steps in flight on virtual CPU devices can block each other
+        busy += time.time() - t
+        if logging:
+            losses.append(value)
+            if not math.isfinite(value):
+                raise InputError(f"step {done}: the loss is {value}; {path} is from before; try a smaller --learning_rate")
+            seen = validate(state["params"]) if looking else ("", "")
+            speed, seconds = (done - since) * cfg.grad_accum * batches[0][0][0].size / busy, time.time() - began
+            cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), seconds]
+            log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
+            left = round((seconds - about["seconds"]) / (done - first) * (cfg.max_steps - done))
+            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  " + (f"validation {seen[0]:.3f}  " if looking else "")
+                          + f"{speed:.0f} tokens/s  {left // 60}:{left % 60:02} left", last=last or looking or done == 1)
+            busy, since = 0.0, done
+        if last or (cfg.save_every and done % cfg.save_every == 0):
+            save(done)
+        if cfg.sample_every and done % cfg.sample_every == 0 and not last:
+            show_sample(state["params"])
+    log.close()
+    for s, handler in handlers:
+        signal.signal(s, handler)
+    if stop:
+        print(f"interrupted at step {done}, saved in {path}; go on with: python {pathlib.Path(sys.argv[0]).name} --resume")
+        sys.exit(130)
+    if len(losses) > 1:
+        draw_curve(losses)
+    return jax.device_get(state)
+
+
 # ---------------------------------------------------------------- main
 
 
-def describe(cfg, model, params, train_tokens):
-    """What a user should know before training starts."""
-    count = sum(p.size for p in jax.tree.leaves(params))
-    devices = placements(cfg.batch_size)[0].mesh.devices.size
-    tokens = cfg.batch_size * cfg.grad_accum * model.block_size
-    print(f"{devices} {jax.default_backend()} device(s), {count:,} parameters, {tokens} tokens a step, {train_tokens} tokens an epoch"
-          f" ({train_tokens / tokens:.0f} steps), expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
-
-
 def resume_config(cfg, given, saved, path):
-    """The configuration of an interrupted run with the flags that may change; others must agree with it."""
-    for name in given:
-        if name not in MAY_CHANGE and saved.get(name) != getattr(cfg, name):
+    """The configuration of an interrupted run, with the flags that may change; the others must agree with it."""
+    for name in given - MAY_CHANGE:
+        if saved.get(name) != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved.get(name)}; leave it out or start afresh")
-    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given and k not in ("resume", "out_dir")})
+    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given | {"resume", "out_dir"}})
 
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    out_dir = pathlib.Path(cfg.out_dir)
-    path, log_path = out_dir / "base.npz", out_dir / "log.csv"
+    check_device()
+    path, log_path = (pathlib.Path(cfg.out_dir) / name for name in ("base.npz", "log.csv"))
+    if cfg.resume or cfg.init:
+        state, about, model, tokenizer = load_checkpoint(path if cfg.resume else cfg.init)
     if cfg.resume:
-        state, about, model, tokenizer = load_checkpoint(path)
         cfg = resume_config(cfg, given, about["config"], path)
     data_dir = pathlib.Path(cfg.data_dir)
     if "data_dir" not in given and not (data_dir / "train.bin").exists():
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main(["--out_dir", str(data_dir)])
-    data_tokenizer = Tokenizer.from_json((data_dir / "tokenizer.json").read_text(encoding="utf-8"), data_dir / "tokenizer.json")
-    if cfg.resume:
-        if tokenizer.merges != data_tokenizer.merges:
-            raise InputError(f"{data_dir}: another vocabulary than that of {path}")
-    else:
+    source = data_dir / "tokenizer.json"
+    data_tokenizer = Tokenizer.from_json(source.read_text(encoding="utf-8"), source)
+    if not (cfg.resume or cfg.init):
         tokenizer = data_tokenizer
         model = Model(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)} | dict(vocab_size=tokenizer.size))
-        if cfg.init:
-            state, about, model, other = load_checkpoint(cfg.init)
-            if other.merges != tokenizer.merges:
-                raise InputError(f"{cfg.init}: another vocabulary than that of {data_dir}")
-            params = state["params"]
-        elif model.n_embd % (2 * model.n_head):
+        if model.n_embd % (2 * model.n_head):
             raise InputError(f"--n_embd {model.n_embd}: must be a multiple of 2 x n_head = {2 * model.n_head}")
-        else:
-            params = init_params(model, cfg.seed)
-        state = new_state(params)
-        about = dict(kind="base", model=dataclasses.asdict(model), config=dataclasses.asdict(cfg), tokenizer=tokenizer.to_json(),
-                     step=0, seconds=0.0, tokens_per_row=model.block_size)
+        state = dict(params=init_params(model, cfg.seed))
+    if tokenizer.merges != data_tokenizer.merges:
+        raise InputError(f"{data_dir}: another vocabulary than that of {path if cfg.resume else cfg.init}")
     if model.dtype == "bfloat16" and on_metal():
         raise InputError("--dtype bfloat16: not on Metal; leave it out")
     ids, val = (load_tokens(data_dir, name, tokenizer, model.block_size) for name in ("train.bin", "val.bin"))
-    describe(cfg, model, state["params"], len(ids))
-    out_dir.mkdir(parents=True, exist_ok=True)
+    placed, split = placements(cfg.batch_size)
+    count, tokens = sum(p.size for p in jax.tree.leaves(state["params"])), cfg.batch_size * cfg.grad_accum * model.block_size
+    print(f"{placed.mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens"
+          f" an epoch ({len(ids) / tokens:.0f} steps), expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not cfg.resume:
+        state = new_state(state["params"])
+        about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)
         keep_previous(path, log_path)
     batch_at = functools.partial(random_batch, ids, cfg.batch_size, model.block_size, cfg.seed)
-    validate = make_validation(val, tokenizer, model, cfg, placements(cfg.batch_size)[1])
     generate = make_generator(model)
 
     def show_sample(params):
         rng = np.random.default_rng(cfg.seed)
         choose = lambda _, logits, history: sample(logits, history, rng, temperature=0.8, top_k=50)
-        print("sample:", tokenizer.decode(i for i, in generate(params, [[END]], choose, 2 * model.block_size) if i is not None), "\n")
+        new = [step[0] for step in generate(params, [[END]], choose, 2 * model.block_size)]
+        print(f"sample: {printable(tokenizer.decode(new))}\n")
 
-    state = train(cfg, state, about, functools.partial(loss, model=model), batch_at, validate, path, log_path, show_sample)
+    state = train(cfg, state, about, functools.partial(loss, model=model), batch_at,
+                  make_validation(val, tokenizer, model, cfg, split), path, log_path, show_sample)
     show_sample(state["params"])
     print(f"checkpoint: {path}\nnext: python sft.py   (or continue a text: python chat.py {path})")
 

@@ -97,6 +97,11 @@ def show_progress(text, last=False):
         print(text, flush=True)
 
 
+def printable(text):
+    """Text without control characters: what a model or a file says must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 @contextlib.contextmanager
 def whole_file(path):
     """Open a file for writing so that a reader finds the old one or the whole new one, whenever the power fails."""
@@ -486,7 +491,7 @@ class Settings:
     inputs: str = setting((), "text files, folders, .jsonl with a \"text\" field, also .gz or .bz2; - is standard input;"
                           " nothing: the built-in corpus", nargs="*", positional="inputs", metavar="INPUT")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
-    vocab_size: int = setting(1024, "tokens in the vocabulary, fewer if the text is too small", low=FIRST_MERGE, high=1 << 16)
+    vocab_size: int = setting(2048, "tokens in the vocabulary, fewer if the text is too small", low=FIRST_MERGE, high=1 << 16)
     val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation", low=0.0, high=0.9)
     seed: int = setting(0, "divides the built-in corpus into A, B and C", low=0)
 

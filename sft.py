@@ -107,14 +107,9 @@ def show(ids, trained, tokenizer):
     names = dict(enumerate(prepare.SPECIAL))
     out, before = "", False
     for i, t in zip(ids, trained):
-        out += (on if t else off) * (t != before) + (names.get(i) or printable(tokenizer.decode([i])))
+        out += (on if t else off) * (t != before) + (names.get(i) or prepare.printable(tokenizer.decode([i])))
         before = t
     return out + off * before
-
-
-def printable(text):
-    """Text without control characters: what a model or a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 # ---------------------------------------------------------------- batches
@@ -206,6 +201,7 @@ class Config(gpt.Training):
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
+    gpt.check_device()
     out_dir, data_dir = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir)
     path, log_path = out_dir / "chat.npz", out_dir / "log_sft.csv"
     base = pathlib.Path(cfg.init or out_dir / "base.npz")
