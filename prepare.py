@@ -427,12 +427,14 @@ class Wordings:
         return fill(self.rng.choice(self.all_questions(attribute, new)), x)
 
     def vary(self, question):
-        """The same question as people type it: with a word before it, without the final mark, in small letters."""
+        """The same question as people type it: with words before or after it, without the final mark, in small letters."""
         if self.rng.random() < 0.2:
             question = f"{self.pick('prefix')} {question[0].lower()}{question[1:]}"
-        if self.rng.random() < 0.2:
+        if self.rng.random() < 0.25:
             question = question.rstrip(".?")
-        return question.lower() if self.rng.random() < 0.2 else question
+        if self.rng.random() < 0.08:
+            question += self.rng.choice([" Thanks!", ", please", " please", " thanks"])
+        return question.lower() if self.rng.random() < 0.3 else question
 
 
 def built_in_corpus(seed):
