@@ -502,6 +502,7 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
     placed, split = placements(cfg.batch_size)
     add, finish_step = make_step(objective, cfg)
     first, began, stop, losses = about["step"], time.time() - about["seconds"], [], []
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def batches_of(step):
         numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
@@ -604,7 +605,6 @@ def main(argv):
     count, tokens = sum(p.size for p in jax.tree.leaves(state["params"])), cfg.batch_size * cfg.grad_accum * model.block_size
     print(f"{placed.mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens"
           f" an epoch ({len(ids) / tokens:.0f} steps), expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not cfg.resume:
         state = new_state(state["params"])
         about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)

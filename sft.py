@@ -10,9 +10,7 @@ of answers have weight. Reading order: reading files, rendering, batches, evalua
 """
 import dataclasses
 import functools
-import gzip
 import json
-import math
 import pathlib
 import sys
 from collections import Counter, defaultdict
@@ -191,69 +189,74 @@ class Config(gpt.Training):
     pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: the built-in ones", nargs="*",
                          positional="pairs", metavar="PAIRS")
     init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir", metavar="CKPT")
-    eval: str = setting("", "questions and answers to test with", metavar="PAIRS")
+    eval: str = setting("", "questions and answers to test with; without PAIRS nothing is trained", metavar="PAIRS")
     show: int = setting(0, "print this many examples with what is trained, and stop", low=0)
-    replay: float = setting(0.25, "part of the rows that is pretraining text, against forgetting", low=0.0, high=0.9)
+    replay: float = setting(0.25, "part of the rows that is pretraining text", low=0.0, high=0.9)
     batch_size: int = setting(32, "rows in a micro-batch", low=1, high=1 << 20)
     max_steps: int = setting(600, "optimiser steps", low=1)
-    learning_rate: float = setting(2e-3, "at its peak", low=0.0)
+    learning_rate: float = setting(2e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it", low=0.0)
+
+
+def read_examples(paths, tokenizer, T):
+    """Files of pairs -> the rendered examples that fit the context; says how many do not."""
+    examples = [render(turns_of(*record), tokenizer) for path in paths for record in read_records(path)]
+    fitting = [(ids, trained) for ids, trained in examples if len(ids) <= T]
+    if len(fitting) < len(examples):
+        print(f"left out: {len(examples) - len(fitting)} of {len(examples)} examples, longer than the context of {T} tokens")
+    if not fitting:
+        raise InputError(f"{paths[0]}: no example fits the context of {T} tokens; train a base with a larger --block_size")
+    return fitting
 
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     gpt.check_device()
     out_dir, data_dir = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir)
-    path, log_path = out_dir / "chat.npz", out_dir / "log_sft.csv"
-    base = pathlib.Path(cfg.init or out_dir / "base.npz")
+    path, log_path, base = out_dir / "chat.npz", out_dir / "log_sft.csv", pathlib.Path(cfg.init or out_dir / "base.npz")
     if not cfg.init and not base.exists():
         print(f"no {base} yet: running gpt.py")
-        gpt.main(["--data_dir", cfg.data_dir, "--out_dir", cfg.out_dir, "--seed", str(cfg.seed)])
-    only_test = cfg.eval and not cfg.pairs and path.exists() and not cfg.init
+        gpt.main([f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given])
+    only_test = bool(cfg.eval) and not cfg.pairs and path.exists() and not cfg.init
     state, about, model, tokenizer = gpt.load_checkpoint(path if cfg.resume or only_test else base)
     if cfg.resume:
         cfg = gpt.resume_config(cfg, given, about["config"], path)
-    test = read_test(cfg.eval) if cfg.eval else read_test(data_dir / "qa_test.jsonl") if not cfg.pairs else []
+    test = read_test(cfg.eval) if cfg.eval else [] if cfg.pairs else read_test(data_dir / "qa_test.jsonl")
     if only_test:
-        right, ended = grade(state["params"], model, tokenizer, test)
-        return table(test, {path.name: right}, "set")
-
+        return table(test, {path.name: grade(state["params"], model, tokenizer, test)[0]}, "set")
     T = model.block_size
-    records = [r for p in cfg.pairs or [data_dir / "qa.jsonl"] for r in read_records(p)]
-    examples = [render(turns_of(*r), tokenizer) for r in records]
-    fitting = [e for e in examples if len(e[0]) <= T]
-    if len(fitting) < len(examples):
-        print(f"left out: {len(examples) - len(fitting)} of {len(examples)} examples, longer than the context of {T} tokens")
-    if not fitting:
-        raise InputError(f"{cfg.pairs[0]}: no example fits the context of {T} tokens; train a base model with a larger --block_size")
+    examples = read_examples(cfg.pairs or [data_dir / "qa.jsonl"], tokenizer, T)
     if cfg.show:
-        return print("\n".join(show(*e, tokenizer) for e in fitting[:cfg.show]))
-    rows = np.stack([shift(*e, T) for e in fitting])
-
-    replay = val = None
-    if (data_dir / "tokenizer.json").exists() and (data_dir / "tokenizer.json").read_text(encoding="utf-8") == tokenizer.to_json():
+        return print("\n".join(show(*example, tokenizer) for example in examples[:cfg.show]))
+    rows = np.stack([shift(*example, T) for example in examples])
+    replay, validate, source = None, None, data_dir / "tokenizer.json"
+    if source.exists() and source.read_text(encoding="utf-8") == tokenizer.to_json():
         replay, val = (gpt.load_tokens(data_dir, name, tokenizer, T) for name in ("train.bin", "val.bin"))
+        validate = gpt.make_validation(val, tokenizer, model, cfg, gpt.placements(cfg.batch_size)[1])
     else:
-        print(f"{data_dir}: not the text {base} was trained on, so none of it is replayed")
-    before, _ = grade(state["params"], model, tokenizer, test) if test and not cfg.resume else (None, 0)
+        print(f"{data_dir} is not the text that {base} was trained on, so none of it is replayed")
+    columns = {}
     if not cfg.resume:
-        params = state["params"]
-        if about["kind"] == "base":  # the ids of the roles were reserved but never seen: start them amid the others
+        if test:
+            columns["before"] = grade(state["params"], model, tokenizer, test)[0]
+        state = gpt.new_state(state["params"])
+        if about["kind"] == "base":  # the roles' ids were reserved but never seen: start them amid the others
             noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, model.n_embd))
-            params["wte"][[USER, ASSISTANT]] = params["wte"].mean(0) + noise
-        state = gpt.new_state(params)
-        about = dict(about, kind="chat", config=dataclasses.asdict(cfg), step=0, seconds=0.0)
+            state["params"]["wte"][[USER, ASSISTANT]] = state["params"]["wte"].mean(0) + noise
+        about = dict(about, kind="chat", step=0, seconds=0.0)
         gpt.keep_previous(path, log_path)
-    print(f"{len(rows)} examples, {rows[:, 2].sum()} trained tokens, {len(rows) / (cfg.batch_size * (1 - cfg.replay)):.0f} steps an epoch")
+    print(f"{len(rows)} examples, {rows[:, 2].sum()} trained tokens,"
+          f" {len(rows) / (cfg.batch_size * (1 - cfg.replay)):.0f} steps an epoch")
     batch_at = functools.partial(mixed_batch, rows, replay, cfg.batch_size, cfg.replay, T, cfg.seed)
-    validate = val is not None and gpt.make_validation(val, tokenizer, model, cfg, gpt.placements(cfg.batch_size)[1])
-    state = gpt.train(cfg, state, about, functools.partial(gpt.loss, model=model), batch_at, validate, path, log_path, lambda params: None)
+    objective = functools.partial(gpt.loss, model=model)
+    state = gpt.train(cfg, state, about, objective, batch_at, validate, path, log_path, lambda params: None)
     if test:
-        after, ended = grade(state["params"], model, tokenizer, test)
-        table(test, ({"before": before} if before else {}) | {"after": after}, "set")
-        print(f"\nB, new wording, by attribute; {100 * ended:.1f} % of all answers end by themselves")
-        some = [i for i, r in enumerate(test) if r.get("set") == "B, new wording"]
-        if some:
-            table([test[i] for i in some], {"after": [after[i] for i in some]}, "attribute")
+        columns["after"], ended = grade(state["params"], model, tokenizer, test)
+        table(test, columns, "set")
+        print(f"{100 * ended:.1f} % of the answers end by themselves")
+        hard = [i for i, record in enumerate(test) if record.get("set") == "B, new wording"]
+        if hard:
+            print("\nB, new wording:")
+            table([test[i] for i in hard], {"after": [columns["after"][i] for i in hard]}, "attribute")
     print(f"checkpoint: {path}\nnext: python chat.py")
 
 

@@ -517,7 +517,7 @@ def test_the_road_from_text_to_answers(folder):
     (folder / "prompt.jsonl").write_text(json.dumps({"prompt": "the cat sat", "response": " on the mat"}))
     print_out = outcome(sft.main, "pairs.json", "--max_steps=150", "--batch_size=8", "--learning_rate=0.01", "--eval=pairs.json", "--eval_every=150")
     assert "left out: 1 of 3" in print_out
-    assert "trained" in outcome(sft.main, "pairs.json", "--show=1") or "[" in outcome(sft.main, "pairs.json", "--show=1")
+    assert "<|assistant|>[ the cat sat on the mat<|end|>]" in outcome(sft.main, "pairs.json", "--show=1")
     ask = lambda text, *more: subprocess.run([sys.executable, chat.__file__, *more], input=text, capture_output=True, text=True)
     answer = ask("where is the cat?\nwhere is the rat?\n")
     assert answer.stdout == "the cat sat on the mat\nthe rat sat on the mat\n" and not answer.stderr
@@ -555,6 +555,14 @@ def test_bad_input_gets_one_line_and_changes_nothing(folder):
     assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     script = subprocess.run([sys.executable, gpt.__file__, "--n_layr=6"], capture_output=True, text=True)
     assert script.returncode == 2 and script.stderr.count("\n") == 1 and "Traceback" not in script.stderr
+
+
+def test_a_device_that_fails_at_once_gets_advice_instead_of_a_traceback(folder, monkeypatch):
+    def fail(shape):
+        raise RuntimeError("UNIMPLEMENTED: default_memory_space is not supported")
+
+    monkeypatch.setattr(jnp, "zeros", fail)
+    assert re.match("error: .*UNIMPLEMENTED.*requirements.txt.*JAX_PLATFORMS=cpu", outcome(gpt.main, *SMALL))
 
 
 def test_a_damaged_checkpoint_is_refused_or_whole(folder):
