@@ -426,6 +426,10 @@ class Wordings:
     def question(self, x, attribute, new=False):
         return fill(self.rng.choice(self.all_questions(attribute, new)), x)
 
+    def small_talk(self):
+        reply, said = self.rng.choice([(about, w) for (about, use), all_w in self.rows.items() if use == "small talk" for w in all_w])
+        return self.vary(said), reply
+
     def vary(self, question):
         """The same question as people type it: with words before or after it, without the final mark, in small letters."""
         if self.rng.random() < 0.2:
@@ -465,14 +469,14 @@ def built_in_corpus(seed):
             b = rng.choice(others)
             follow_up = say.pick("follow-up frame").replace("{n}", say.pick("follow-up", b))
             turns += [say.vary(follow_up), say.answer(x, b, about[b])]
-        elif rng.random() < 0.1:  # or a new subject after another answer
+        elif rng.random() < 0.15:  # or something else after another answer
             x, a, v, _ = rng.choice(facts["A"])
-            turns += [say.vary(say.question(x, a)), say.answer(x, a, v)]
+            second = say.small_talk() if rng.random() < 0.4 else (say.vary(say.question(x, a)), say.answer(x, a, v))
+            turns = [*(turns if rng.random() < 0.8 else say.small_talk()), *second]
         if len(turns) > 2:
             record = dict(messages=[dict(role=r, content=c) for r, c in zip(["user", "assistant"] * 2, turns)])
         train.append(record)
-    small_talk = [(reply, said) for (reply, use), all_said in say.rows.items() if use == "small talk" for said in all_said]
-    train += [dict(instruction=say.vary(said), response=reply) for reply, said in rng.choices(small_talk, k=len(train) // 20)]
+    train += [dict(zip(("instruction", "response"), say.small_talk())) for _ in range(len(train) // 20)]
     for group, new in [("A", False), ("A", True), ("B", False), ("B", True), ("C", False)]:
         for x, a, v, _ in rng.sample(facts["A"], 300) if group == "A" else facts[group] * 2:
             test.append(dict(instruction=say.question(x, a, new), response=say.answer(x, a, v), attribute=a, value=v,
