@@ -527,6 +527,7 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         save(0)  # a path that cannot be written fails now
     handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
     log, batches, busy, since, done = open_log(log_path, first), batches_of(first), 0.0, first, first
+    compiled = None  # when the first step, slow from compiling, was done: the time left is reckoned from there
     while done < cfg.max_steps and not stop:
         t = time.time()
         state, value = take_step(state, done, batches)
@@ -538,6 +539,7 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         if logging or jax.default_backend() == "cpu":
             value = float(value)  # waits: two steps in flight on virtual CPU devices can block each other
         busy += time.time() - t
+        compiled = compiled or time.time()
         if logging:
             losses.append(value)
             if not math.isfinite(value):
@@ -546,9 +548,10 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             speed, seconds = (done - since) * cfg.grad_accum * batches[0][0][0].size / busy, time.time() - began
             cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), seconds]
             log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
-            left = round((seconds - about["seconds"]) / (done - first) * (cfg.max_steps - done))
+            left = round((time.time() - compiled) / max(1, done - first - 1) * (cfg.max_steps - done))
             show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  " + (f"validation {seen[0]:.3f}  " if looking else "")
-                          + f"{speed:.0f} tokens/s  {left // 60}:{left % 60:02} left", last=last or looking or done == 1)
+                          + (f"{speed:.0f} tokens/s  {left // 60}:{left % 60:02} left" if done > first + 1 else "compiled"),
+                          last=last or looking or done == 1)
             busy, since = 0.0, done
         if last or (cfg.save_every and done % cfg.save_every == 0):
             save(done)

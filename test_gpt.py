@@ -30,7 +30,6 @@ import numpy as np
 import prepare
 import pytest
 import sft
-from hypothesis import given, settings, strategies as st
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("error")  # deprecations too
@@ -338,7 +337,13 @@ def tokenizer_of(text, vocab_size=320):
 
 
 TOKENIZER = tokenizer_of("the cat sat on the mat, the hat; user and assistant end 1234 naïve façade " * 3)
-TEXTS = st.text() | st.lists(st.sampled_from(SPECIAL + ["<|", "|>", "user", " the", "\n", "é", "\U0001f600", "12345"])).map("".join)
+def texts(n=400, pieces=(*SPECIAL, "<|", "|>", "user", " the", "  ", "\n", "é", "\U0001f600", "12345", "'ll", "\ud800", "\0", "")):
+    """Random texts of fragments that nest and split the special tokens, and of any code points."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        parts = [pieces[j] if j < len(pieces) else chr(rng.integers(0x110000 if i % 2 else 0x250))
+                 for j in rng.integers(0, 2 * len(pieces), rng.integers(0, 20))]
+        yield "".join(parts)
 
 
 def test_the_wikipedia_example_of_byte_pair_encoding():
@@ -346,26 +351,25 @@ def test_the_wikipedia_example_of_byte_pair_encoding():
     assert [t.bytes[i] for i in t.encode("aaabdaaabac")] == [b"aaab", b"d", b"aaab", b"a", b"c"]
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.text("abc ", max_size=12), max_size=12))
-def test_fast_training_learns_the_merges_of_the_naive_definition(texts):
-    words = Counter(w for text in texts for w in prepare.WORD.findall(text))
-    assert prepare.train_bpe(words, 280) == naive_bpe(words, 280)
+def test_fast_training_learns_the_merges_of_the_naive_definition():
+    for seed in range(50):
+        text = "".join(np.random.default_rng(seed).choice(list("aaabbc  é"), 200))
+        words = Counter(prepare.WORD.findall(text))
+        assert prepare.train_bpe(words, 290) == naive_bpe(words, 290)
 
 
-@settings(deadline=None)
-@given(TEXTS)
-def test_any_text_survives_encoding_and_none_becomes_a_special_token(text):
-    ids = TOKENIZER.encode(text)
-    assert TOKENIZER.decode(ids) == text.encode("utf-8", "replace").decode()
-    assert not set(ids) & {END, USER, ASSISTANT}
-    assert "".join(TOKENIZER.stream(ids)) == TOKENIZER.decode(ids)
+def test_any_text_survives_encoding_and_none_becomes_a_special_token():
+    for text in texts():
+        ids = TOKENIZER.encode(text)
+        assert TOKENIZER.decode(ids) == text.encode("utf-8", "replace").decode()
+        assert not set(ids) & {END, USER, ASSISTANT}
 
 
-@settings(deadline=None)
-@given(st.lists(st.integers(0, TOKENIZER.size - 1)))
-def test_any_ids_can_be_decoded_and_streaming_them_gives_the_same_text(ids):
-    assert "".join(TOKENIZER.stream(ids)) == TOKENIZER.decode(ids)
+def test_any_ids_can_be_decoded_and_streaming_them_gives_the_same_text():
+    rng = np.random.default_rng(0)
+    for n in range(200):
+        ids = rng.integers(0, TOKENIZER.size, n).tolist()
+        assert "".join(TOKENIZER.stream(ids)) == TOKENIZER.decode(ids)
 
 
 def test_hostile_text_takes_linear_time():
@@ -422,12 +426,11 @@ def test_other_targets_rows_and_padding_change_nothing():
     np.testing.assert_array_equal(losses(x, y), losses(np.where(padding, 7, x), y))
 
 
-@settings(deadline=None)
-@given(TEXTS.filter(lambda t: len(TOKENIZER.encode(t)) < 40))
-def test_the_prompt_of_chat_is_the_beginning_of_the_training_example(question):
-    prompt = chat.prompt_ids([question], TOKENIZER, 64)
-    ids, trained = sft.render([question, "a mat"], TOKENIZER)
-    assert prompt == ids[:len(prompt)] and trained == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+def test_the_prompt_of_chat_is_the_beginning_of_the_training_example():
+    for question in texts():
+        prompt = chat.prompt_ids([question], TOKENIZER, 256)
+        ids, trained = sft.render([question, "a mat"], TOKENIZER)
+        assert prompt == ids[:len(prompt)] and trained == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
 
 def test_a_long_conversation_loses_whole_turns_from_its_beginning():
