@@ -1,6 +1,6 @@
 """Talk to the model: it answers with a chat checkpoint and continues the text with a base checkpoint.
 
-    python chat.py                            # from nothing: makes data, base and chat model first, about 4 minutes
+    python chat.py                            # from nothing: makes data, base and chat model first, 4 to 5 minutes
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py      # one answer a line
 
@@ -21,7 +21,8 @@ from prepare import END, InputError, printable, read_flags, run, setting
 class Config:
     checkpoint: str = setting("", "a .npz file; nothing: out/chat.npz", nargs="?", positional="checkpoint", metavar="CKPT")
     prompt: str = setting("", "answer or continue this text and stop", metavar="TEXT")
-    temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained [0 to answer, 0.8 to continue]", low=0.0, high=100.0)
+    temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained [0 to answer, 0.8 to continue]",
+                                 low=0.0, high=100.0)
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 means all", low=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", low=0.0, high=1.0)
     repetition_penalty: float = setting(1.0, "above 1 makes tokens that were there less likely", low=0.01, high=100.0)
@@ -44,7 +45,8 @@ def prompt_ids(turns, tokenizer, block_size, room=24):
 
 def reply(ids, params, generate, tokenizer, cfg, rng):
     """Ids of a prompt -> pieces of text as they are made, never half a character, nothing that steers a terminal."""
-    choose = lambda _, logits, history: gpt.sample(logits, history, rng, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty)
+    how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty)
+    choose = lambda _, logits, history: gpt.sample(logits, history, rng, **how)
     new = (step[0] for step in generate(params, [ids], choose, cfg.max_new_tokens))
     for piece in tokenizer.stream(i for i in new if i != END):
         yield printable(piece)
@@ -54,10 +56,10 @@ def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
     gpt.check_device()
     path = pathlib.Path(cfg.checkpoint or "out/chat.npz")
-    if not cfg.checkpoint and not path.exists():
+    if not cfg.checkpoint and (not path.exists() or gpt.unfinished(path)):
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only
-            print(f"no {path} yet: running sft.py")
-            sft.main([])
+            print(f"{path} is unfinished: going on with sft.py" if path.exists() else f"no {path} yet: running sft.py")
+            sft.main(["--resume"] * path.exists())
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     params, generate, rng = state["params"], gpt.make_generator(model), np.random.default_rng(cfg.seed)
     answers = about["kind"] == "chat"
@@ -73,8 +75,13 @@ def main(argv):
     if cfg.prompt:
         return print("".join(pieces([cfg.prompt])))
     if not sys.stdin.isatty():
-        for line in sys.stdin:
-            print(" ".join("".join(pieces([line.strip()])).split("\n")), flush=True)
+        for number, line in enumerate(sys.stdin, 1):
+            try:
+                answer = "".join(pieces([line.strip()]))
+            except InputError as e:
+                print(f"error: standard input:{number}: {e}", file=sys.stderr)
+                answer = ""  # still one line for each line
+            print(answer.replace("\n", " "), flush=True)
         return
 
     with contextlib.suppress(ImportError):
@@ -93,7 +100,8 @@ def main(argv):
             turns = []
         elif line == "/help":
             print("/reset forgets the conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer. Settings:")
-            print("\n".join(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})" for f in dataclasses.fields(cfg)[2:]))
+            for f in dataclasses.fields(cfg)[2:]:
+                print(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})")
         elif line.startswith("/"):
             try:
                 changed, given = read_flags(Config, [f"--{command}", value.strip()], __doc__)

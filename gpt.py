@@ -1,7 +1,8 @@
 """A GPT in pure JAX: parameters, forward pass, loss, Adam, checkpoints, generation, training loop.
 
     python gpt.py                          # trains on data/ (the built-in corpus if there is none), writes out/base.npz
-    python gpt.py --max_steps 4000 --n_layer 6 --resume
+    python gpt.py --n_layer 6 --learning_rate 2e-3
+    python gpt.py --resume                 # goes on after Ctrl-C or a power cut
 
 The model is written for one sequence; jax.vmap makes the batch, jax.grad the gradient, jax.jit the machine code.
 Reading order: settings, parameters, layers, model, loss, optimiser, step, data, generation, checkpoint, loop, main.
@@ -28,7 +29,8 @@ from prepare import END, InputError, Tokenizer, printable, read_flags, run, sett
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")  # Apple's jax-metal needs it, nobody else minds
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # A CPU device for each core: small matrix products run faster on one core each than spread over all of them.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={os.cpu_count() or 1}"
+    os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')}"
+                               f" --xla_force_host_platform_device_count={os.cpu_count() or 1}")
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ class Training:
     batch_size: int = setting(16, "sequences in a micro-batch", low=1, high=1 << 20)
     grad_accum: int = setting(1, "micro-batches in a step", low=1, high=1 << 20)
     max_steps: int = setting(2000, "optimiser steps", low=1)
-    minutes: float = setting(0.0, "train for about so long: measures the speed and sets max_steps; 0 means off", low=0.0)
+    minutes: float = setting(0.0, "train for about so long: measures the speed, sets max_steps; 0 means off", low=0.0)
     learning_rate: float = setting(4e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it", low=0.0)
     warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps", low=0.0)
     weight_decay: float = setting(0.1, "of matrices", low=0.0)
@@ -76,7 +78,8 @@ class Config(Training, Model):
     init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
 
 
-MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every", "sample_every", "data_dir", "out_dir", "resume"}
+MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every", "sample_every",
+              "data_dir", "out_dir", "resume"}
 
 # ---------------------------------------------------------------- parameters
 
@@ -94,7 +97,8 @@ def init_params(model, seed=0):
         "norm2": np.ones(C, np.float32),
         "mlp": {"w_up": normal(C, 4 * C), "w_down": normal(4 * C, C, scale=small)},
     }
-    return {"wte": normal(model.vocab_size, C), "blocks": [block() for _ in range(model.n_layer)], "norm": np.ones(C, np.float32)}
+    blocks = [block() for _ in range(model.n_layer)]
+    return {"wte": normal(model.vocab_size, C), "blocks": blocks, "norm": np.ones(C, np.float32)}
 
 
 # ---------------------------------------------------------------- layers
@@ -306,7 +310,8 @@ def load_tokens(data_dir, name, tokenizer, block_size):
         raise InputError(f"{path}: damaged (odd length); run prepare.py again")
     ids = np.memmap(path, "<u2", "r") if path.stat().st_size else np.zeros(0, "<u2")
     if len(ids) < 2 or (name == "train.bin" and len(ids) < block_size + 1):
-        raise InputError(f"{path}: {len(ids)} tokens, too few for block_size {block_size}; use more text or a smaller --block_size")
+        raise InputError(f"{path}: {len(ids)} tokens, too few for block_size {block_size};"
+                         " use more text or a smaller --block_size")
     for start in range(0, len(ids), 1 << 24):
         if ids[start:start + (1 << 24)].max() >= tokenizer.size:
             raise InputError(f"{path}: ids beyond the vocabulary of {tokenizer.size}; run prepare.py again")
@@ -331,7 +336,8 @@ def make_validation(ids, tokenizer, model, cfg, placed):
     ids = np.array(ids[:cfg.eval_tokens + 1], np.int32)
     count = -(-(len(ids) - 1) // T)  # rows; the last ones are padded with weight 0
     padded = lambda a, dtype: np.pad(a.astype(dtype), (0, -(-count // n) * n * T - len(a))).reshape(-1, n, T)
-    batches = list(zip(padded(ids[:-1], np.int32), padded(ids[1:], np.int32), padded(np.ones(len(ids) - 1), np.float32)))
+    ones = np.ones(len(ids) - 1)
+    batches = list(zip(padded(ids[:-1], np.int32), padded(ids[1:], np.int32), padded(ones, np.float32)))
     size = sum(len(tokenizer.bytes[i]) for i in ids[1:])
     compiled = jax.jit(lambda params, batch: loss(params, batch, None, dataclasses.replace(model, dropout=0.0))[0])
 
@@ -412,7 +418,8 @@ FORMAT = 1
 def named_leaves(tree):
     """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}, and how to put them together again."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in leaves}, structure
+    name = lambda path: ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
+    return {name(path): leaf for path, leaf in leaves}, structure
 
 
 def save_checkpoint(path, state, about):
@@ -435,14 +442,22 @@ def load_checkpoint(path):
         model, tokenizer = Model(**about["model"]), Tokenizer.from_json(about["tokenizer"], path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as e:
-        raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__}); take an earlier one, such as *.prev.npz") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
+        raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__});"
+                         " take an earlier one, such as *.prev.npz") from None
     leaves, structure = named_leaves(new_state(init_params(model)))
     for name, leaf in leaves.items():
         found = arrays.get(name)
         if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype or not np.isfinite(found).all():
-            raise InputError(f"{path}: damaged, {name} is missing or not a finite {leaf.dtype} array of shape {leaf.shape}")
+            raise InputError(f"{path}: damaged, {name} is missing or not a finite {leaf.dtype} array"
+                             f" of shape {leaf.shape}")
     return jax.tree_util.tree_unflatten(structure, [arrays[name] for name in leaves]), about, model, tokenizer
+
+
+def unfinished(path):
+    """Whether a checkpoint is from a run that was cut off before its last step."""
+    about = load_checkpoint(path)[1]
+    return about["step"] < about["config"]["max_steps"]
 
 
 # ---------------------------------------------------------------- loop
@@ -515,7 +530,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         return finish_step(sums, state, *batches[-1], rates(step, cfg))
 
     def save(step):
-        save_checkpoint(path, state, dict(about, config=dataclasses.asdict(cfg), step=step, seconds=time.time() - began))
+        now = dict(config=dataclasses.asdict(cfg), step=step, seconds=time.time() - began)
+        save_checkpoint(path, state, about | now)
 
     if cfg.minutes and not first:
         trial, batches = [jax.device_put(state, placed), None], batches_of(0)
@@ -543,15 +559,16 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         if logging:
             losses.append(value)
             if not math.isfinite(value):
-                raise InputError(f"step {done}: the loss is {value}; {path} is from before; try a smaller --learning_rate")
+                raise InputError(f"step {done}: the loss is {value}; {path} is from before;"
+                                 " try a smaller --learning_rate")
             seen = validate(state["params"]) if looking else ("", "")
             speed, seconds = (done - since) * cfg.grad_accum * batches[0][0][0].size / busy, time.time() - began
             cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), seconds]
             log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
             left = round((time.time() - compiled) / max(1, done - first - 1) * (cfg.max_steps - done))
-            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  " + (f"validation {seen[0]:.3f}  " if looking else "")
-                          + (f"{speed:.0f} tokens/s  {left // 60}:{left % 60:02} left" if done > first + 1 else "compiled"),
-                          last=last or looking or done == 1)
+            validation = f"validation {seen[0]:.3f}  " if looking else ""
+            pace = f"{speed:.0f} tokens/s  {left // 60}:{left % 60:02} left" if done > first + 1 else "compiled"
+            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{pace}", last or looking or done == 1)
             busy, since = 0.0, done
         if last or (cfg.save_every and done % cfg.save_every == 0):
             save(done)
@@ -561,7 +578,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
     for s, handler in handlers:
         signal.signal(s, handler)
     if stop:
-        print(f"interrupted at step {done}, saved in {path}; go on with: python {pathlib.Path(sys.argv[0]).name} --resume")
+        script = "gpt.py" if about["kind"] == "base" else "sft.py"
+        print(f"interrupted at step {done}, saved in {path}; go on with: python {script} --resume")
         sys.exit(130)
     if len(losses) > 1:
         draw_curve(losses)
@@ -575,7 +593,8 @@ def resume_config(cfg, given, saved, path):
     """The configuration of an interrupted run, with the flags that may change; the others must agree with it."""
     for name in given - MAY_CHANGE:
         if saved.get(name) != getattr(cfg, name):
-            raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved.get(name)}; leave it out or start afresh")
+            raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved.get(name)};"
+                             " leave it out or start afresh")
     return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given | {"resume", "out_dir"}})
 
 
@@ -595,7 +614,8 @@ def main(argv):
     data_tokenizer = Tokenizer.from_json(source.read_text(encoding="utf-8"), source)
     if not (cfg.resume or cfg.init):
         tokenizer = data_tokenizer
-        model = Model(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)} | dict(vocab_size=tokenizer.size))
+        sizes = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)}
+        model = Model(**sizes | dict(vocab_size=tokenizer.size))
         if model.n_embd % (2 * model.n_head):
             raise InputError(f"--n_embd {model.n_embd}: must be a multiple of 2 x n_head = {2 * model.n_head}")
         state = dict(params=init_params(model, cfg.seed))
@@ -605,9 +625,11 @@ def main(argv):
         raise InputError("--dtype bfloat16: not on Metal; leave it out")
     ids, val = (load_tokens(data_dir, name, tokenizer, model.block_size) for name in ("train.bin", "val.bin"))
     placed, split = placements(cfg.batch_size)
-    count, tokens = sum(p.size for p in jax.tree.leaves(state["params"])), cfg.batch_size * cfg.grad_accum * model.block_size
-    print(f"{placed.mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens"
-          f" an epoch ({len(ids) / tokens:.0f} steps), expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
+    count = sum(p.size for p in jax.tree.leaves(state["params"]))
+    tokens = cfg.batch_size * cfg.grad_accum * model.block_size
+    print(f"{placed.mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters, {tokens} tokens a step,"
+          f" {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
+          f" expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
     if not cfg.resume:
         state = new_state(state["params"])
         about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)

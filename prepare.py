@@ -74,7 +74,7 @@ def read_flags(settings_class, argv, doc):
     for f in fields.values():
         arg = dict(f.metadata["arg"])
         name = arg.pop("positional", f"--{f.name}")
-        shown = "" if f.default in ("", (), None, False) else f" [{f.default}]"
+        shown = "" if f.type is bool or f.default in ("", (), None) else f" [{f.default}]"
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
         parser.add_argument(name, help=f.metadata["help"].replace("%", "%%") + shown, **{**kind, **arg})
     given, unknown = parser.parse_known_args(argv)
@@ -85,7 +85,8 @@ def read_flags(settings_class, argv, doc):
     for name, value in given.items():
         low, high = fields[name].metadata["low"], fields[name].metadata["high"]
         if (low is not None and not value >= low) or (high is not None and not value <= high):
-            raise InputError(f"--{name} {value}: must be {f'at least {low}' if high is None else f'from {low} to {high}'}")
+            span = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise InputError(f"--{name} {value}: must be {span}")
     return settings_class(**given), set(given)
 
 
@@ -231,7 +232,8 @@ class Tokenizer:
         """Readable: one merge a line, as the two ids and what they spell."""
         rows = (json.dumps([a, b, self.bytes[FIRST_MERGE + i].decode("utf-8", "replace")], ensure_ascii=False)
                 for i, (a, b) in enumerate(self.merges))
-        return '{"type": "pygpt byte-level bpe", "special": %s, "merges": [\n%s\n]}\n' % (json.dumps(SPECIAL), ",\n".join(rows))
+        head = f'{{"type": "pygpt byte-level bpe", "special": {json.dumps(SPECIAL)}, "merges": [\n'
+        return head + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
     def from_json(cls, text, source):
@@ -347,7 +349,8 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir):
     encode = functools.partial(encode_group, tokenizer=tokenizer)
     groups, cores = itertools.chain(first, groups), os.cpu_count() or 1
     out_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(out_dir / "train.bin") as train, (Pool(cores) if len(first) > 4 else contextlib.nullcontext()) as pool:
+    workers = Pool(cores) if len(first) > 4 else contextlib.nullcontext()
+    with whole_file(out_dir / "train.bin") as train, workers as pool:
         tokens, shown = 0, time.time()
         while some := list(itertools.islice(groups, 4 * cores)):
             for ids in (pool.imap if pool else map)(encode, some):
@@ -418,7 +421,8 @@ class Wordings:
     @functools.cache
     def all_questions(self, attribute, new):
         """Every question after an attribute: those used in training, or (new) those kept out of it."""
-        framed = lambda frame, noun: [f.replace("{n}", n) for f in self.rows["any", frame] for n in self.rows[attribute, noun]]
+        framed = lambda frame, noun: [f.replace("{n}", n) for f in self.rows["any", frame]
+                                      for n in self.rows[attribute, noun]]
         if new:
             return framed("frame", "new noun") + framed("new frame", "noun") + self.rows[attribute, "new question"]
         return framed("frame", "noun") + self.rows[attribute, "question"]
@@ -427,11 +431,12 @@ class Wordings:
         return fill(self.rng.choice(self.all_questions(attribute, new)), x)
 
     def small_talk(self):
-        reply, said = self.rng.choice([(about, w) for (about, use), all_w in self.rows.items() if use == "small talk" for w in all_w])
+        pairs = [(w, reply) for (reply, use), ws in self.rows.items() if use == "small talk" for w in ws]
+        said, reply = self.rng.choice(pairs)
         return self.vary(said), reply
 
     def vary(self, question):
-        """The same question as people type it: with words before or after it, without the final mark, in small letters."""
+        """The same question as people type it: words before or after it, no final mark, small letters."""
         if self.rng.random() < 0.2:
             question = f"{self.pick('prefix')} {question[0].lower()}{question[1:]}"
         if self.rng.random() < 0.25:
@@ -459,7 +464,8 @@ def built_in_corpus(seed):
             for _ in range(10 if group == "C" else {1: 12, 2: 20}.get(len(about), 30)):
                 sentences = [fill(say.pick("neutral"), x) for _ in range(3 if group == "C" else rng.random() < 0.15)]
                 if group != "C":
-                    sentences += [fill(say.pick("statement", a), x, v) for a, v in rng.sample(list(about.items()) * 4, 4)]
+                    told = rng.sample(list(about.items()) * 4, 4)
+                    sentences += [fill(say.pick("statement", a), x, v) for a, v in told]
                 documents.append(" ".join(s.lower() if rng.random() < 0.15 else s for s in sentences))
     for x, a, v, about in facts["A"] * 16:
         record = dict(instruction=say.vary(say.question(x, a)), response=say.answer(x, a, v))
@@ -483,7 +489,8 @@ def built_in_corpus(seed):
                              set=f"{group}, {'new' if new else 'seen'} wording"))
     for x, a, v, _ in facts["B"]:
         prompt, rest = say.answer(x, a, "|").split("|")
-        test.append(dict(prompt=prompt.rstrip(), response=f" {v}{rest}", attribute=a, value=v, set="B, sentence to complete"))
+        test.append(dict(prompt=prompt.rstrip(), response=f" {v}{rest}", attribute=a, value=v,
+                         set="B, sentence to complete"))
     rng.shuffle(documents)
     rng.shuffle(train)
     return documents, train, test
@@ -497,7 +504,7 @@ class Settings:
     inputs: str = setting((), "text files, folders, .jsonl with a \"text\" field, also .gz or .bz2; - is standard input;"
                           " nothing: the built-in corpus", nargs="*", positional="inputs", metavar="INPUT")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
-    vocab_size: int = setting(2048, "tokens in the vocabulary, fewer if the text is too small", low=FIRST_MERGE, high=1 << 16)
+    vocab_size: int = setting(2048, "tokens in the vocabulary, fewer for a small text", low=FIRST_MERGE, high=1 << 16)
     val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation", low=0.0, high=0.9)
     seed: int = setting(0, "divides the built-in corpus into A, B and C", low=0)
 

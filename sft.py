@@ -51,7 +51,8 @@ def turns_of(record, source):
         raise InputError(f"{source}: not an object with \"instruction\" and \"response\", or \"messages\"")
     if "messages" in record:
         messages = record["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        whole = lambda m: isinstance(m, dict) and isinstance(m.get("content"), str)
+        if not isinstance(messages, list) or not all(map(whole, messages)):
             raise InputError(f'{source}: "messages" must be a list of {{"role", "content"}}')
         system = messages[0]["content"] + "\n\n" if messages and messages[0].get("role") == "system" else ""
         messages = messages[bool(system):]
@@ -93,7 +94,7 @@ def render(turns, tokenizer):
 
 
 def shift(ids, trained, T):
-    """Ids and mask -> one row x, y, w of length T: w is 1 where the *target* y is trained, 0 elsewhere and in the padding."""
+    """Ids and mask -> one row x, y, w of length T; w is 1 where the *target* y is trained, else (and in padding) 0."""
     row = np.zeros((3, T), np.int32)
     row[:, : len(ids) - 1] = ids[:-1], ids[1:], trained[1:]
     return row
@@ -119,7 +120,8 @@ def mixed_batch(rows, replay_ids, n, replay, T, seed, number):
     old = round(n * replay) if replay_ids is not None else 0
     new = n - old
     position = np.arange(number * new, (number + 1) * new)
-    orders = {e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in np.unique(position // len(rows)).tolist()}
+    epochs = np.unique(position // len(rows)).tolist()
+    orders = {e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in epochs}
     x, y, w = np.stack([rows[orders[p // len(rows)][p % len(rows)]] for p in position.tolist()], axis=1)
     if old:
         replayed = gpt.random_batch(replay_ids, old, T, seed, number)
@@ -135,7 +137,8 @@ def answer_all(params, model, tokenizer, prompts, max_new_tokens):
     generate, n, answers = gpt.make_generator(model), 64, []
     for start in range(0, len(prompts), n):
         some = prompts[start:start + n]
-        steps = list(generate(params, some + [[END]] * (n - len(some)), lambda i, logits, _: int(logits.argmax()), max_new_tokens))
+        likeliest = lambda i, logits, history: int(logits.argmax())
+        steps = list(generate(params, some + [[END]] * (n - len(some)), likeliest, max_new_tokens))
         for i in range(len(some)):
             ids = [step[i] for step in steps if step[i] is not None]
             answers.append((tokenizer.decode(ids).removeprefix(" "), END in ids))
@@ -145,10 +148,12 @@ def answer_all(params, model, tokenizer, prompts, max_new_tokens):
 
 def grade(params, model, tokenizer, records):
     """-> for each record whether the greedy answer is the right one, whole; and the part of answers that ended."""
-    prompts = [[END, *tokenizer.encode(r["prompt"])] if "prompt" in r else render(r["turns"][:-1], tokenizer)[0] for r in records]
+    prompts = [[END, *tokenizer.encode(r["prompt"])] if "prompt" in r else render(r["turns"][:-1], tokenizer)[0]
+               for r in records]
     longest = max(len(tokenizer.encode(r["response"])) for r in records) + 8
     answers = answer_all(params, model, tokenizer, prompts, longest)
-    right = [text.startswith(r["response"].strip()) if "prompt" in r else text == r["response"] for r, (text, _) in zip(records, answers)]
+    right = [text.startswith(r["response"].strip()) if "prompt" in r else text == r["response"]
+             for r, (text, _) in zip(records, answers)]
     ended = [end for r, (_, end) in zip(records, answers) if "prompt" not in r]
     return right, sum(ended) / max(1, len(ended))
 
@@ -202,7 +207,7 @@ def read_examples(paths, tokenizer, T):
     examples = [render(turns_of(*record), tokenizer) for path in paths for record in read_records(path)]
     fitting = [(ids, trained) for ids, trained in examples if len(ids) <= T]
     if len(fitting) < len(examples):
-        print(f"left out: {len(examples) - len(fitting)} of {len(examples)} examples, longer than the context of {T} tokens")
+        print(f"left out: {len(examples) - len(fitting)} of {len(examples)} examples, longer than {T} tokens, the context")
     if not fitting:
         raise InputError(f"{paths[0]}: no example fits the context of {T} tokens; train a base with a larger --block_size")
     return fitting
@@ -213,10 +218,12 @@ def main(argv):
     gpt.check_device()
     out_dir, data_dir = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir)
     path, log_path, base = out_dir / "chat.npz", out_dir / "log_sft.csv", pathlib.Path(cfg.init or out_dir / "base.npz")
-    if not cfg.init and not base.exists():
-        print(f"no {base} yet: running gpt.py")
-        gpt.main([f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given])
     only_test = bool(cfg.eval) and not cfg.pairs and path.exists() and not cfg.init
+    if not (cfg.init or only_test) and (not base.exists() or gpt.unfinished(base)):
+        print(f"{base} is unfinished (--init takes it as it is): going on with gpt.py" if base.exists() else
+              f"no {base} yet: running gpt.py")
+        flags = [f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given]
+        gpt.main(flags + ["--resume"] * base.exists())
     state, about, model, tokenizer = gpt.load_checkpoint(path if cfg.resume or only_test else base)
     if cfg.resume:
         cfg = gpt.resume_config(cfg, given, about["config"], path)

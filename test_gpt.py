@@ -498,10 +498,10 @@ def test_an_interrupted_run_is_saved_and_resumes_to_the_same_bits(folder, monkey
     with monkeypatch.context() as patch:
         patch.setattr(gpt, "random_batch", press_ctrl_c)
         assert "interrupted at step" in outcome(gpt.main, *flags, "--out_dir=parts")
-    assert 0 < gpt.load_checkpoint("parts/base.npz")[1]["step"] < 10
+    assert 0 < gpt.load_checkpoint("parts/base.npz")[1]["step"] < 10 and gpt.unfinished("parts/base.npz")
     outcome(gpt.main, "--out_dir=parts", "--resume", "--eval_every=5")
     whole, parts = (gpt.load_checkpoint(f"{d}/base.npz") for d in ("whole", "parts"))
-    assert whole[1]["step"] == parts[1]["step"] == 10
+    assert whole[1]["step"] == parts[1]["step"] == 10 and not gpt.unfinished("parts/base.npz")
     for a, b in zip(tree.leaves(whole[0]), tree.leaves(parts[0])):
         np.testing.assert_array_equal(a, b)
     logs = [[row.split(",")[:2] for row in (folder / d / "log.csv").read_text().splitlines()] for d in ("whole", "parts")]
@@ -510,20 +510,22 @@ def test_an_interrupted_run_is_saved_and_resumes_to_the_same_bits(folder, monkey
 
 
 def test_the_road_from_text_to_answers(folder):
-    print_out = outcome(gpt.main, *SMALL[:-3], "--eval_every=50", "--block_size=48", "--max_steps=100")
+    print_out = outcome(gpt.main, *SMALL[:-3], "--eval_every=50", "--block_size=48", "--n_embd=32", "--max_steps=100")
     assert "expected first loss ln" in print_out and "next: python sft.py" in print_out
     first = (folder / "out/log.csv").read_text().splitlines()[1].split(",")
     assert first[0] == "1" and abs(float(first[1]) - np.log(gpt.load_checkpoint("out/base.npz")[3].size)) < 0.2
     pairs = [{"instruction": f"where is the {a}?", "response": f"the {a} sat on the {b}"} for a, b in
              itertools.product(["cat", "rat"], ["mat"])] + [{"instruction": "hi " * 60, "response": "too long"}]
     (folder / "pairs.json").write_text(json.dumps(pairs))
-    (folder / "prompt.jsonl").write_text(json.dumps({"prompt": "the cat sat", "response": " on the mat"}))
-    print_out = outcome(sft.main, "pairs.json", "--max_steps=150", "--batch_size=8", "--learning_rate=0.01", "--eval=pairs.json", "--eval_every=150")
-    assert "left out: 1 of 3" in print_out
+    flags = ["--max_steps=200", "--batch_size=8", "--learning_rate=0.004", "--eval_every=200"]
+    print_out = outcome(sft.main, "pairs.json", *flags, "--eval=pairs.json")
+    assert "left out: 1 of 3" in print_out and "of the answers end by themselves" in print_out
     assert "<|assistant|>[ the cat sat on the mat<|end|>]" in outcome(sft.main, "pairs.json", "--show=1")
     ask = lambda text, *more: subprocess.run([sys.executable, chat.__file__, *more], input=text, capture_output=True, text=True)
     answer = ask("where is the cat?\nwhere is the rat?\n")
     assert answer.stdout == "the cat sat on the mat\nthe rat sat on the mat\n" and not answer.stderr
+    too_long = ask("hi " * 60 + "\nwhere is the cat?\n")  # an error, and still a line for each line
+    assert too_long.stdout == "\nthe cat sat on the mat\n" and "standard input:1: the question has" in too_long.stderr
     assert ask("", "out/base.npz", "--prompt=the cat").stdout.startswith("the cat")
 
 
