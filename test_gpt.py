@@ -485,28 +485,46 @@ def outcome(main, *argv):
     return err.getvalue() or out.getvalue()
 
 
+def interrupted(patch, module, function, at):
+    """Let module.function press Ctrl-C when it makes batch number `at` (its last argument)."""
+    make = getattr(module, function)
+
+    def press_ctrl_c(*args):
+        if args[-1] == at:
+            signal.raise_signal(signal.SIGINT)
+        return make(*args)
+
+    patch.setattr(module, function, press_ctrl_c)
+
+
+def assert_same_checkpoint(a, b):
+    (state, about, *_), (other, other_about, *_) = gpt.load_checkpoint(a), gpt.load_checkpoint(b)
+    assert about["step"] == other_about["step"]
+    for x, y in zip(tree.leaves(state), tree.leaves(other)):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_an_interrupted_run_is_saved_and_resumes_to_the_same_bits(folder, monkeypatch):
     flags = [*SMALL, "--max_steps=10", "--dropout=0.1", "--grad_accum=2"]
     outcome(gpt.main, *flags, "--out_dir=whole")
-    batch = gpt.random_batch
-
-    def press_ctrl_c(ids, n, T, seed, number):
-        if number == 9:
-            signal.raise_signal(signal.SIGINT)
-        return batch(ids, n, T, seed, number)
-
     with monkeypatch.context() as patch:
-        patch.setattr(gpt, "random_batch", press_ctrl_c)
+        interrupted(patch, gpt, "random_batch", 9)
         assert "interrupted at step" in outcome(gpt.main, *flags, "--out_dir=parts")
     assert 0 < gpt.load_checkpoint("parts/base.npz")[1]["step"] < 10 and gpt.unfinished("parts/base.npz")
     outcome(gpt.main, "--out_dir=parts", "--resume", "--eval_every=5")
-    whole, parts = (gpt.load_checkpoint(f"{d}/base.npz") for d in ("whole", "parts"))
-    assert whole[1]["step"] == parts[1]["step"] == 10 and not gpt.unfinished("parts/base.npz")
-    for a, b in zip(tree.leaves(whole[0]), tree.leaves(parts[0])):
-        np.testing.assert_array_equal(a, b)
+    assert_same_checkpoint("whole/base.npz", "parts/base.npz")
     logs = [[row.split(",")[:2] for row in (folder / d / "log.csv").read_text().splitlines()] for d in ("whole", "parts")]
-    assert logs[0] == logs[1] and len(logs[0]) == 11
+    assert logs[0] == logs[1] and len(logs[0]) == 11 and not gpt.unfinished("parts/base.npz")
     assert "was begun with" in outcome(gpt.main, "--out_dir=parts", "--resume", "--n_layer=2")
+
+    (folder / "pairs.json").write_text('[{"instruction": "q", "response": "a"}, {"instruction": "b", "response": "c"}]')
+    flags = ["pairs.json", "--max_steps=8", "--batch_size=4"]
+    outcome(sft.main, *flags, "--out_dir=whole")
+    with monkeypatch.context() as patch:
+        interrupted(patch, sft, "mixed_batch", 4)
+        assert "python sft.py --resume" in outcome(sft.main, *flags, "--out_dir=parts")
+    outcome(sft.main, "--out_dir=parts", "--resume")
+    assert_same_checkpoint("whole/chat.npz", "parts/chat.npz")
 
 
 def test_the_road_from_text_to_answers(folder):
