@@ -370,6 +370,7 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir):
         with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as readable:
             ids[cut:].tofile(val)
             readable.write(tokenizer.to_json().encode())
+        del ids  # Windows does not cut a file that is mapped
         train.truncate(2 * cut)
     return tokenizer, cut, tokens - cut
 
@@ -397,7 +398,7 @@ def read_world():
     """world.csv -> a list of {subject: {attribute: value}}: a country and its capital, or an element."""
     world = []
     for row in read_rows("world.csv"):
-        name, kind = row.pop("name"), row.pop("kind")
+        name, _ = row.pop("name"), row.pop("kind")
         world.append({name: {attribute: value for attribute, value in row.items() if value}})
         if row["capital"]:
             world[-1].setdefault(row["capital"], {})["country"] = name
