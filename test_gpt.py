@@ -292,9 +292,13 @@ METAL_OPS = set("""dot_general add subtract multiply divide negate maximum minim
 
 
 def not_for_metal(f, *args):
-    """Operations and types of f, lowered for Metal, that are outside the safe subset."""
-    text = jax.jit(f).trace(*args).lower(lowering_platforms=("METAL",)).as_text()
-    return {op for op in re.findall(r"stablehlo\.(\w+)", text) if op not in METAL_OPS} | set(re.findall(r"\b(?:f64|f16|bf16|i64|complex\S*)\b", text))
+    """Operations and types of f, lowered for Metal, outside the safe subset -> {name: the first line that has it}."""
+    lines = jax.jit(f).trace(*args).lower(lowering_platforms=("METAL",)).as_text().splitlines()
+    found = [(name, f"line {n}: {line.strip()}") for n, line in enumerate(lines, 1)
+             for name in re.findall(r"stablehlo\.(\w+)", line) if name not in METAL_OPS]
+    found += [(name, f"line {n}: {line.strip()}") for n, line in enumerate(lines, 1)
+              for name in re.findall(r"[x<](f64|f16|bf16|i64|complex<)\b", line.replace("array<i64", ""))]
+    return dict(reversed(found))
 
 
 def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
@@ -309,7 +313,9 @@ def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
     assert not not_for_metal(lambda p, token, at, cache: gpt.forward(p, token, MODEL, at=at, cache=cache),
                              params, batch[0][0][:1], np.array(3, np.int32), cache)
     monkeypatch.setattr(gpt, "on_metal", lambda: False)  # a gather and its gradient are found
-    assert {"gather", "scatter"} <= not_for_metal(jax.grad(lambda p: gpt.loss(p, batch, None, MODEL)[0]), params)
+    found = not_for_metal(jax.grad(lambda p: gpt.loss(p, batch, None, MODEL)[0]), params)
+    assert {"gather", "scatter"} <= set(found) and found["scatter"].startswith("line ")
+    assert "bf16" in not_for_metal(lambda x: x.astype(jnp.bfloat16), np.ones(3, np.float32))
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -433,6 +439,16 @@ def test_the_prompt_of_chat_is_the_beginning_of_the_training_example():
         assert prompt == ids[:len(prompt)] and trained == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
 
 
+def test_an_example_of_the_contexts_length_is_kept_and_one_token_more_left_out(tmp_path, capsys):
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{"instruction": "the cat?", "response": "a mat"}] * 2))
+    length = len(sft.render(["the cat?", "a mat"], TOKENIZER)[0])
+    assert len(sft.read_examples([pairs], TOKENIZER, length)) == 2 and not capsys.readouterr().out
+    with pytest.raises(InputError, match="no example fits"):
+        sft.read_examples([pairs], TOKENIZER, length - 1)
+    assert "left out: 2 of 2" in capsys.readouterr().out
+
+
 def test_a_long_conversation_loses_whole_turns_from_its_beginning():
     prompt = chat.prompt_ids(["the cat " * 5, "a mat"] * 20 + ["the hat?"], TOKENIZER, 64)
     assert len(prompt) + 24 <= 64 and prompt[0] == USER and prompt.count(USER) == prompt.count(END) + 1
@@ -537,6 +553,10 @@ def test_the_road_from_text_to_answers(folder):
     (folder / "pairs.json").write_text(json.dumps(pairs))
     flags = ["--max_steps=200", "--batch_size=8", "--learning_rate=0.004", "--eval_every=200"]
     print_out = outcome(sft.main, "pairs.json", *flags, "--eval=pairs.json")
+    base, tuned = (gpt.load_checkpoint(f"out/{name}.npz")[0]["params"]["wte"] for name in ("base", "chat"))
+    assert base.shape == tuned.shape and not np.allclose(base[[USER, ASSISTANT]], tuned[[USER, ASSISTANT]])
+    log = [row.split(",") for row in (folder / "out/log_sft.csv").read_text().splitlines()]
+    assert log[0][2] == "val_loss" and float(log[-1][2]) > 0  # forgetting is watched
     assert "left out: 1 of 3" in print_out and "of the answers end by themselves" in print_out
     assert "<|assistant|>[ the cat sat on the mat<|end|>]" in outcome(sft.main, "pairs.json", "--show=1")
     ask = lambda text, *more: subprocess.run([sys.executable, chat.__file__, *more], input=text, capture_output=True, text=True)
