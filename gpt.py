@@ -524,19 +524,24 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         return [(batch_at(n), np.array([cfg.seed, n], np.uint32)) for n in numbers]
 
     def take_step(state, step, batches):
-        sums, *batches = None, *[(jax.device_put(batch, split), key) for batch, key in batches]
-        for batch in batches[:-1]:
-            sums = jax.block_until_ready(add(sums, state["params"], *batch))
-        return finish_step(sums, state, *batches[-1], rates(step, cfg))
+        sums = None
+        for batch, key in batches[:-1]:
+            sums = jax.block_until_ready(add(sums, state["params"], jax.device_put(batch, split), key))
+        batch, key = batches[-1]
+        return finish_step(sums, state, jax.device_put(batch, split), key, rates(step, cfg))
 
     def save(step):
         now = dict(config=dataclasses.asdict(cfg), step=step, seconds=time.time() - began)
         save_checkpoint(path, state, about | now)
 
     if cfg.minutes and not first:
-        trial, batches = [jax.device_put(state, placed), None], batches_of(0)
-        take = lambda: trial.__setitem__(slice(2), jax.block_until_ready(take_step(trial[0], 0, batches)))
-        steps = steps_in(cfg, 60 * cfg.minutes, take, validate and (lambda: validate(trial[0]["params"])))
+        trial, batches = jax.device_put(state, placed), batches_of(0)
+
+        def try_step():
+            nonlocal trial
+            trial, _ = jax.block_until_ready(take_step(trial, 0, batches))
+
+        steps = steps_in(cfg, 60 * cfg.minutes, try_step, validate and (lambda: validate(trial["params"])))
         cfg = dataclasses.replace(cfg, max_steps=steps)
     state = jax.device_put(state, placed)
     if not first:
