@@ -4,7 +4,7 @@
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py      # one answer a line
 
-At the prompt: /help, /reset, /quit, and each setting by its name, such as /temperature 0.7. Ctrl-C stops an answer.
+At the prompt: /help, /reset, /probs, /quit, and each setting by its name, such as /temperature 0.7. Ctrl-C stops an answer.
 """
 import contextlib
 import dataclasses
@@ -14,20 +14,22 @@ import sys
 import gpt
 import numpy as np
 import sft
-from prepare import END, InputError, printable, read_flags, run, setting
+from prepare import END, SPECIAL, InputError, printable, read_flags, run, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    checkpoint: str = setting("", "a .npz file; nothing: out/chat.npz", nargs="?", positional="checkpoint", metavar="CKPT")
+    checkpoint: str = setting("", "a .npz file; nothing: out/chat.npz", nargs="?", positional="checkpoint",
+                              metavar="CKPT")
     prompt: str = setting("", "answer or continue this text and stop", metavar="TEXT")
-    temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained [0 to answer, 0.8 to continue]",
-                                 low=0.0, high=100.0)
-    top_k: int = setting(0, "sample from the k likeliest tokens; 0 means all", low=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", low=0.0, high=1.0)
+    temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained"
+                                 " [0 to answer, 0.8 to continue]", high=100.0)
+    top_k: int = setting(0, "sample from the k likeliest tokens; 0 means all")
+    top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", high=1.0)
     repetition_penalty: float = setting(1.0, "above 1 makes tokens that were there less likely", low=0.01, high=100.0)
     max_new_tokens: int = setting(200, "longest answer", low=1, high=1 << 20)
-    seed: int = setting(0, "of the sampling", low=0)
+    samples: int = setting(1, "how often to answer --prompt", low=1, high=1 << 20)
+    seed: int = setting(0, "of the sampling", high=2**32 - 1)
 
 
 def prompt_ids(turns, tokenizer, block_size, room=24):
@@ -39,41 +41,61 @@ def prompt_ids(turns, tokenizer, block_size, room=24):
             break
         turns = turns[2:]
     if len(ids) > block_size:
-        raise InputError(f"the question has {len(ids)} tokens, the model's context holds {block_size}; ask a shorter one")
+        raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}; ask a shorter one")
     return ids
 
 
-def reply(ids, params, generate, tokenizer, cfg, rng):
-    """Ids of a prompt -> pieces of text as they are made, never half a character, nothing that steers a terminal."""
+def reply(ids, params, generate, tokenizer, cfg, rng, seen):
+    """Ids of a prompt -> pieces of text as they are made, never half a character, nothing that steers a terminal. `seen`
+    gets (token, its probability, runner-up, its probability) for each."""
     how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty)
-    choose = lambda _, logits, history: gpt.sample(logits, history, rng, **how)
+
+    def choose(_, logits, history):
+        id = gpt.sample(logits, history, rng, **how)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        second = int(np.where(np.arange(len(p)) == id, -1, p).argmax())
+        seen.append((id, p[id], second, p[second]))
+        return id
+
     new = (step[0] for step in generate(params, [ids], choose, cfg.max_new_tokens))
     for piece in tokenizer.stream(i for i in new if i != END):
         yield printable(piece)
 
 
+def show_probabilities(seen, tokenizer):
+    """One line a token: its probability as a bar, and the token that came second."""
+    name = lambda id: SPECIAL[id] if id < len(SPECIAL) else printable(tokenizer.decode([id])).replace("\n", "\\n")
+    bar = "\u2588" if sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "").lower() else "#"
+    for id, p, second, q in seen:
+        print(f"{name(id):<16} {100 * p:5.1f} % {bar * round(20 * p):<20}  second: {name(second)} {100 * q:.1f} %")
+
+
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
-    gpt.check_device()
     path = pathlib.Path(cfg.checkpoint or "out/chat.npz")
-    if not cfg.checkpoint and (not path.exists() or gpt.unfinished(path)):
+    if not cfg.checkpoint:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only
-            print(f"{path} is unfinished: going on with sft.py" if path.exists() else f"no {path} yet: running sft.py")
-            sft.main(["--resume"] * path.exists())
+            gpt.make_if_missing(path, sft.main)
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     params, generate, rng = state["params"], gpt.make_generator(model), np.random.default_rng(cfg.seed)
     answers = about["kind"] == "chat"
     if cfg.temperature is None:
         cfg = dataclasses.replace(cfg, temperature=0.0 if answers else 0.8)
 
+    seen = []
+
     def pieces(turns):
+        seen.clear()
         ids = prompt_ids(turns, tokenizer, model.block_size) if answers else [END, *tokenizer.encode(turns[-1])]
-        text = reply(ids, params, generate, tokenizer, cfg, rng)
+        text = reply(ids, params, generate, tokenizer, cfg, rng, seen)
         yield turns[-1] if not answers else next(text, "").removeprefix(" ")
         yield from text
 
     if cfg.prompt:
-        return print("".join(pieces([cfg.prompt])))
+        for _ in range(cfg.samples):
+            print("".join(pieces([cfg.prompt])))
+        return
     if not sys.stdin.isatty():
         for number, line in enumerate(sys.stdin, 1):
             try:
@@ -98,8 +120,11 @@ def main(argv):
             return
         if line == "/reset":
             turns = []
+        elif line == "/probs":
+            show_probabilities(seen, tokenizer)
         elif line == "/help":
-            print("/reset forgets the conversation, /quit or Ctrl-D ends; Ctrl-C stops an answer. Settings:")
+            print("/reset forgets the conversation, /probs shows how sure the last answer was, /quit or Ctrl-D ends;"
+                  " Ctrl-C stops an answer. Settings:")
             for f in dataclasses.fields(cfg)[2:]:
                 print(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})")
         elif line.startswith("/"):

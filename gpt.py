@@ -9,6 +9,7 @@ Reading order: settings, parameters, layers, model, loss, optimiser, step, data,
 
     B batch   T time (tokens)   S time of keys and values   C width   H heads   D = C / H   V vocabulary
 """
+import csv
 import dataclasses
 import functools
 import json
@@ -18,13 +19,12 @@ import pathlib
 import signal
 import sys
 import time
-import zipfile
-import zlib
 
 import numpy as np
 
 import prepare
-from prepare import END, InputError, Tokenizer, printable, read_flags, run, setting, show_progress, whole_file
+from prepare import (END, InputError, Tokenizer, printable, read_flags, run, setting, show_progress, time_left,
+                     whole_file)
 
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")  # Apple's jax-metal needs it, nobody else minds
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -45,7 +45,7 @@ class Model:
     n_head: int = setting(4, "attention heads in a block", low=1, high=1000)
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1, high=1 << 16)
     block_size: int = setting(64, "context: tokens the model sees at once", low=1, high=1 << 20)
-    dropout: float = setting(0.0, "part of the activations set to 0 in training", low=0.0, high=0.9)
+    dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
     dtype: str = setting("float32", "of matrix products: float32 or bfloat16", choices=["float32", "bfloat16"])
     vocab_size: int = 0  # the tokenizer's, not a flag
 
@@ -55,19 +55,19 @@ class Training:
     batch_size: int = setting(16, "sequences in a micro-batch", low=1, high=1 << 20)
     grad_accum: int = setting(1, "micro-batches in a step", low=1, high=1 << 20)
     max_steps: int = setting(2000, "optimiser steps", low=1)
-    minutes: float = setting(0.0, "train for about so long: measures the speed, sets max_steps; 0 means off", low=0.0)
-    learning_rate: float = setting(4e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it", low=0.0)
-    warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps", low=0.0)
-    weight_decay: float = setting(0.1, "of matrices", low=0.0)
-    grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip", low=0.0)
-    beta1: float = setting(0.9, "Adam's memory of the gradient", low=0.0, high=0.9999)
-    beta2: float = setting(0.99, "Adam's memory of the squared gradient", low=0.0, high=0.999999)
-    seed: int = setting(0, "of parameters, batches and dropout", low=0)
-    eval_every: int = setting(250, "steps between validations; 0 means never", low=0)
+    minutes: float = setting(0.0, "train for about so long: measures the speed, sets max_steps; 0 means off")
+    learning_rate: float = setting(4e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it")
+    warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps")
+    weight_decay: float = setting(0.1, "of matrices")
+    grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
+    beta1: float = setting(0.9, "Adam's memory of the gradient", high=0.9999)
+    beta2: float = setting(0.99, "Adam's memory of the squared gradient", high=0.999999)
+    seed: int = setting(0, "of parameters, batches and dropout", high=2**32 - 1)
+    eval_every: int = setting(250, "steps between validations; 0 means never")
     eval_tokens: int = setting(1 << 17, "validation tokens looked at, from the first on", low=1)
     log_every: int = setting(10, "steps between rows of log.csv", low=1)
-    save_every: int = setting(250, "steps between checkpoints; 0 means only at the end", low=0)
-    sample_every: int = setting(0, "steps between samples; 0 means only at the end", low=0)
+    save_every: int = setting(250, "steps between checkpoints; 0 means only at the end")
+    sample_every: int = setting(0, "steps between samples; 0 means only at the end")
     data_dir: str = setting("data", "folder with train.bin, val.bin and tokenizer.json")
     out_dir: str = setting("out", "folder for checkpoints and log.csv")
     resume: bool = setting(False, "go on from the last checkpoint in out_dir")
@@ -107,16 +107,6 @@ def init_params(model, seed=0):
 def on_metal():
     """Apple's GPU through jax-metal lacks some operations; the code keeps to those it has."""
     return jax.default_backend().lower() in ("metal", "mps", "mtl")
-
-
-def check_device():
-    """One small operation; a plug-in that does not fit its jax fails here, with advice instead of a traceback."""
-    try:
-        jax.block_until_ready(jnp.zeros(2) + 1)
-    except Exception as e:
-        raise InputError(f"the {os.environ.get('JAX_PLATFORMS', 'default')} device fails at its first operation"
-                         f" ({str(e).splitlines()[0][:80]}); install the versions of requirements.txt, or set"
-                         " JAX_PLATFORMS=cpu to use the CPU") from None
 
 
 def matmul(a, b, model):
@@ -275,23 +265,6 @@ def new_state(params):
 # ---------------------------------------------------------------- step
 
 
-def make_step(objective, cfg):
-    """objective(params, batch, key) -> (sum, count) becomes two compiled functions: `add` adds the gradient of a
-    micro-batch to the sums so far, `step` does so for the last one and then moves the parameters."""
-
-    def add(sums, params, batch, key):
-        (total, count), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
-        return jax.tree.map(jnp.add, sums, (grads, total, count)) if sums else (grads, total, count)
-
-    def step(sums, state, batch, key, rates):
-        grads, total, count = add(sums, state["params"], batch, key)
-        count = jnp.maximum(count, 1)
-        return adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg), total / count
-
-    donate = {} if on_metal() else dict(donate_argnums=1)
-    return jax.jit(add), functools.partial(jax.jit, **donate)(step)
-
-
 def placements(batch_size):
     """Where arrays live: (one copy on each device, split over the devices along the first axis). As many devices as
     divide the batch; jit sees the placement and adds what the devices must tell each other."""
@@ -300,21 +273,44 @@ def placements(batch_size):
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 
+def make_step(objective, cfg):
+    """objective(params, batch, key) -> (sum, count) becomes step(state, [(batch, key), ...], rates) -> (state, loss):
+    sums and counts of the micro-batches are added up and divided once, so their sizes do not matter."""
+
+    def add(sums, params, batch, key):
+        (total, count), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
+        return jax.tree.map(jnp.add, sums, (grads, total, count)) if sums else (grads, total, count)
+
+    def finish(sums, state, batch, key, rates):
+        grads, total, count = add(sums, state["params"], batch, key)
+        count = jnp.maximum(count, 1)
+        return adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg), total / count
+
+    add_compiled = jax.jit(add)
+    finish_compiled = functools.partial(jax.jit, **({} if on_metal() else dict(donate_argnums=1)))(finish)
+
+    def step(state, batches, rates):
+        sums = None
+        for batch, key in batches[:-1]:
+            sums = jax.block_until_ready(add_compiled(sums, state["params"], batch, key))
+        return finish_compiled(sums, state, *batches[-1], rates)
+
+    return step
+
+
 # ---------------------------------------------------------------- data
 
 
-def load_tokens(data_dir, name, tokenizer, block_size):
+def load_tokens(path, tokenizer, at_least):
     """Memory-mapped ids of train.bin or val.bin, checked."""
-    path = pathlib.Path(data_dir) / name
-    if path.stat().st_size % 2:
+    size = path.stat().st_size
+    if size % 2:
         raise InputError(f"{path}: damaged (odd length); run prepare.py again")
-    ids = np.memmap(path, "<u2", "r") if path.stat().st_size else np.zeros(0, "<u2")
-    if len(ids) < 2 or (name == "train.bin" and len(ids) < block_size + 1):
-        raise InputError(f"{path}: {len(ids)} tokens, too few for block_size {block_size};"
-                         " use more text or a smaller --block_size")
-    for start in range(0, len(ids), 1 << 24):
-        if ids[start:start + (1 << 24)].max() >= tokenizer.size:
-            raise InputError(f"{path}: ids beyond the vocabulary of {tokenizer.size}; run prepare.py again")
+    if size < 2 * at_least:
+        raise InputError(f"{path}: {size // 2} tokens, {at_least} needed; use more text or a smaller --block_size")
+    ids = np.memmap(path, "<u2", "r")
+    if ids.max() >= tokenizer.size:
+        raise InputError(f"{path}: ids beyond the vocabulary of {tokenizer.size}; run prepare.py again")
     return ids
 
 
@@ -330,20 +326,19 @@ def random_batch(ids, n, T, seed, number):
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 
-def make_validation(ids, tokenizer, model, cfg, placed):
+def make_validation(ids, tokenizer, model, cfg):
     """-> a function of the parameters: (nats a token, bits a byte) over the first eval_tokens of ids."""
-    T, n = model.block_size, 4 * cfg.batch_size
+    T, n, placed = model.block_size, 4 * cfg.batch_size, placements(cfg.batch_size)[1]
     ids = np.array(ids[:cfg.eval_tokens + 1], np.int32)
-    count = -(-(len(ids) - 1) // T)  # rows; the last ones are padded with weight 0
-    padded = lambda a, dtype: np.pad(a.astype(dtype), (0, -(-count // n) * n * T - len(a))).reshape(-1, n, T)
-    ones = np.ones(len(ids) - 1)
-    batches = list(zip(padded(ids[:-1], np.int32), padded(ids[1:], np.int32), padded(ones, np.float32)))
-    size = sum(len(tokenizer.bytes[i]) for i in ids[1:])
-    compiled = jax.jit(lambda params, batch: loss(params, batch, None, dataclasses.replace(model, dropout=0.0))[0])
+    tokens, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])
+    x, y, w = np.zeros((3, -(-tokens // (n * T)) * n * T), np.int32)  # whole batches; the padding has weight 0
+    x[:tokens], y[:tokens], w[:tokens] = ids[:-1], ids[1:], 1
+    batches = list(zip(*(a.reshape(-1, n, T) for a in (x, y, w.astype(np.float32)))))
+    total = jax.jit(lambda params, batch: loss(params, batch, None, dataclasses.replace(model, dropout=0.0))[0])
 
     def validate(params):
-        nats = sum(float(compiled(params, jax.device_put(batch, placed))) for batch in batches)
-        return nats / (len(ids) - 1), nats / math.log(2) / max(1, size)
+        nats = sum(float(total(params, jax.device_put(batch, placed))) for batch in batches)
+        return nats / tokens, nats / math.log(2) / max(1, size)
 
     return validate
 
@@ -381,28 +376,25 @@ def make_generator(model):
     advance = each(lambda p, token, at, cache: forward(p, token[None], model, at=at, cache=cache), None, 0, 0, 0)
 
     def generate(params, prompts, choose, max_new_tokens):
-        n = len(prompts)
-        windows, history, alive = [list(p[-T:]) for p in prompts], [list(p) for p in prompts], [True] * n
-        whole, placed = placements(n)
-        params, logits = jax.device_put(params, whole), None
+        rows, alive = [list(p) for p in prompts], [True] * len(prompts)
+        start, cache = [max(0, len(r) - T) for r in rows], None  # where the window of each row begins
+        whole, placed = placements(len(rows))
+        params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
-            if logits is None or any(len(w) > T for w in windows):
-                windows = [w if len(w) <= T else w[-(T // 2 + 1):] for w in windows]
-                padded = np.array([w + [END] * (T - len(w)) for w in windows], np.int32)
-                at = np.array([len(w) - 1 for w in windows], np.int32)
-                logits, cache = prefill(params, *jax.device_put((padded, at), placed))
+            if cache is None or any(len(r) - s > T for r, s in zip(rows, start)):
+                start = [s if len(r) - s <= T else len(r) - (T // 2 + 1) for r, s in zip(rows, start)]
+                tokens, cache = [r[s:] + [END] * (T - len(r) + s) for r, s in zip(rows, start)], ()
             else:
-                token = np.array([w[-1] for w in windows], np.int32)
-                at = np.array([len(w) - 1 for w in windows], np.int32)
-                logits, cache = advance(params, *jax.device_put((token, at), placed), cache)
+                tokens = [r[-1] for r in rows]
+            at = [len(r) - s - 1 for r, s in zip(rows, start)]
+            tokens, at = jax.device_put((np.array(tokens, np.int32), np.array(at, np.int32)), placed)
+            logits, cache = advance(params, tokens, at, cache) if cache else prefill(params, tokens, at)
             new = []
             for i, row in enumerate(np.asarray(logits)[:, 0]):
-                id = choose(i, row, history[i]) if alive[i] else END
-                new.append(id if alive[i] else None)
-                alive[i] = alive[i] and id != END
+                new.append(choose(i, row, rows[i]) if alive[i] else None)
+                alive[i] = alive[i] and new[i] != END
                 if alive[i]:
-                    windows[i].append(id)
-                    history[i].append(id)
+                    rows[i].append(new[i])
             yield new
             if not any(alive):
                 return
@@ -440,37 +432,46 @@ def load_checkpoint(path):
         if about["format"] > FORMAT:
             raise InputError(f"{path}: written by a newer version; update this program")
         model, tokenizer = Model(**about["model"]), Tokenizer.from_json(about["tokenizer"], path)
+        leaves, structure = named_leaves(new_state(init_params(model)))
+        for name, leaf in leaves.items():
+            found = arrays[name]
+            if found.shape != leaf.shape or found.dtype != leaf.dtype or not np.isfinite(found).all():
+                raise InputError(f"{path}: damaged, {name} is not a finite {leaf.dtype} array of shape {leaf.shape}")
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as e:
-        raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__});"
+    except Exception as e:  # a damaged file can raise nearly anything
+        raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__}: {printable(str(e))[:80]});"
                          " take an earlier one, such as *.prev.npz") from None
-    leaves, structure = named_leaves(new_state(init_params(model)))
-    for name, leaf in leaves.items():
-        found = arrays.get(name)
-        if found is None or found.shape != leaf.shape or found.dtype != leaf.dtype or not np.isfinite(found).all():
-            raise InputError(f"{path}: damaged, {name} is missing or not a finite {leaf.dtype} array"
-                             f" of shape {leaf.shape}")
     return jax.tree_util.tree_unflatten(structure, [arrays[name] for name in leaves]), about, model, tokenizer
 
 
-def unfinished(path):
-    """Whether a checkpoint is from a run that was cut off before its last step."""
-    about = load_checkpoint(path)[1]
-    return about["step"] < about["config"]["max_steps"]
+def make_if_missing(path, script, flags=()):
+    """Run the main of the script that makes a default input, unless it is there and finished."""
+    about = load_checkpoint(path)[1] if path.exists() else None
+    if about is None or about["step"] < about["config"]["max_steps"]:
+        name = pathlib.Path(script.__code__.co_filename).name
+        print(f"{path} is unfinished: going on with {name}" if about else f"no {path} yet: running {name}")
+        script([*flags, *["--resume"] * bool(about)])
 
 
 # ---------------------------------------------------------------- loop
 
 
-def draw_curve(values, width=64, height=8):
-    """Losses -> a small plot in plain characters."""
-    means = [float(np.mean(part)) for part in np.array_split(values, min(width, len(values)))]
+def sum_up(log_path, width=64, height=8):
+    """The run's losses as a small plot in plain characters -> how many validations ago the lowest was."""
+    with open(log_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["train_loss"]) for row in rows]
+    means = [float(np.mean(part)) for part in np.array_split(losses, min(width, len(losses)))]
     low, high = min(means), max(means)
-    level = [round((v - low) / max(high - low, 1e-9) * (height - 1)) for v in means]
+    level = [round((m - low) / max(high - low, 1e-9) * (height - 1)) for m in means]
     labels = [f"{high:.2f}"] + [""] * (height - 2) + [f"{low:.2f}"]
     for h, label in zip(reversed(range(height)), labels):
         print(f"{label:>7} |" + "".join("*" if l == h else " " for l in level).rstrip())
+    seen = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    return len(seen) - 1 - int(np.argmin(seen)) if seen else 0
 
 
 def open_log(path, step):
@@ -492,21 +493,21 @@ def keep_previous(*paths):
             print(f"the {path.name} of the run before is now {kept}")
 
 
-def steps_in(cfg, seconds, take_step, validate):
-    """How many steps fit: the median of 20 after compiling, and the validations between them."""
-    times = []
+def steps_in(cfg, state, step, batches, validate):
+    """How many steps fit in cfg.minutes: the median of 20 after compiling, and the validations between them."""
+    times = [time.time()]
     for _ in range(22):
-        t = time.time()
-        take_step()
-        times.append(time.time() - t)
-    step, looking = float(np.median(times[2:])), 0.0
+        state, value = step(state, batches, rates(0, cfg))
+        float(value)
+        times.append(time.time())
+    seconds = np.median(np.diff(times)[2:])
     if validate and cfg.eval_every:
-        validate()
+        validate(state["params"])
         t = time.time()
-        validate()
-        looking = (time.time() - t) / cfg.eval_every
-    steps = max(1, int((seconds - sum(times)) / (step + looking)))
-    print(f"{1000 * step:.0f} ms a step: {steps} steps in {cfg.minutes:g} minutes")
+        validate(state["params"])
+        seconds += (time.time() - t) / cfg.eval_every
+    steps = max(1, int((60 * cfg.minutes - (time.time() - times[0])) / seconds))
+    print(f"{1000 * seconds:.0f} ms a step: {steps} steps in {cfg.minutes:g} minutes")
     return steps
 
 
@@ -515,130 +516,126 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
 
     batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
     placed, split = placements(cfg.batch_size)
-    add, finish_step = make_step(objective, cfg)
-    first, began, stop, losses = about["step"], time.time() - about["seconds"], [], []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    step, done, stop, best = make_step(objective, cfg), about["step"], [], path.with_name("best.npz")
 
     def batches_of(step):
         numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
-        return [(batch_at(n), np.array([cfg.seed, n], np.uint32)) for n in numbers]
+        return [(jax.device_put(batch_at(n), split), np.array([cfg.seed, n], np.uint32)) for n in numbers]
 
-    def take_step(state, step, batches):
-        sums = None
-        for batch, key in batches[:-1]:
-            sums = jax.block_until_ready(add(sums, state["params"], jax.device_put(batch, split), key))
-        batch, key = batches[-1]
-        return finish_step(sums, state, jax.device_put(batch, split), key, rates(step, cfg))
+    def save(path):
+        about.update(config=dataclasses.asdict(cfg), step=done, seconds=time.time() - began)
+        save_checkpoint(path, state, about)
 
-    def save(step):
-        now = dict(config=dataclasses.asdict(cfg), step=step, seconds=time.time() - began)
-        save_checkpoint(path, state, about | now)
-
-    if cfg.minutes and not first:
-        trial, batches = jax.device_put(state, placed), batches_of(0)
-
-        def try_step():
-            nonlocal trial
-            trial, _ = jax.block_until_ready(take_step(trial, 0, batches))
-
-        steps = steps_in(cfg, 60 * cfg.minutes, try_step, validate and (lambda: validate(trial["params"])))
-        cfg = dataclasses.replace(cfg, max_steps=steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batches, began = batches_of(done), time.time() - about["seconds"]
+    if cfg.minutes and not done:
+        cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, jax.device_put(state, placed), step, batches, validate))
     state = jax.device_put(state, placed)
-    if not first:
-        save(0)  # a path that cannot be written fails now
+    if not done:
+        save(path)  # a path that cannot be written fails now
     handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
-    log, batches, busy, since, done = open_log(log_path, first), batches_of(first), 0.0, first, first
-    compiled = None  # when the first step, slow from compiling, was done: the time left is reckoned from there
+    log, busy, first, since = open_log(log_path, done), 0.0, done, done
     while done < cfg.max_steps and not stop:
         t = time.time()
-        state, value = take_step(state, done, batches)
+        state, value = step(state, batches, rates(done, cfg))
         done += 1
         batches = batches_of(done)  # made while the device works
-        last = done == cfg.max_steps or bool(stop)
-        looking = bool(validate and cfg.eval_every) and (done % cfg.eval_every == 0 or done == cfg.max_steps)
-        logging = done % cfg.log_every == 0 or done == 1 or last or looking
-        if logging or jax.default_backend() == "cpu":
-            value = float(value)  # waits: two steps in flight on virtual CPU devices can block each other
+        value = float(value)  # waits: two steps in flight on virtual CPU devices can block each other
         busy += time.time() - t
-        compiled = compiled or time.time()
-        if logging:
-            losses.append(value)
-            if not math.isfinite(value):
-                raise InputError(f"step {done}: the loss is {value}; {path} is from before;"
-                                 " try a smaller --learning_rate")
-            seen = validate(state["params"]) if looking else ("", "")
-            speed, seconds = (done - since) * cfg.grad_accum * batches[0][0][0].size / busy, time.time() - began
-            cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), seconds]
+        if done == first + 1:
+            started = time.time()  # the first step also compiled: the time left is reckoned from here
+        if not math.isfinite(value):
+            raise InputError(f"step {done}: the loss is {value}; {path} is from before; try a smaller --learning_rate")
+        last, seen = done == cfg.max_steps or bool(stop), ("", "")
+        due = lambda every: every > 0 and (done % every == 0 or done == cfg.max_steps)
+        if validate and due(cfg.eval_every):
+            seen = validate(state["params"])
+            if about["kind"] == "base" and seen[0] < about.get("best", math.inf):
+                about["best"] = seen[0]
+                save(best)
+        if due(cfg.log_every) or done == 1 or last or seen[0]:
+            speed = (done - since) * sum(batch[0].size for batch, _ in batches) / busy
+            cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), time.time() - began]
             log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
-            left = round((time.time() - compiled) / max(1, done - first - 1) * (cfg.max_steps - done))
-            validation = f"validation {seen[0]:.3f}  " if looking else ""
-            pace = f"{speed:.0f} tokens/s  {left // 60}:{left % 60:02} left" if done > first + 1 else "compiled"
-            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{pace}", last or looking or done == 1)
+            validation = f"validation {seen[0]:.3f}  " if seen[0] else ""
+            pace = f"{speed:.0f} tokens/s  {time_left(started, done - first - 1, cfg.max_steps - first - 1)}"
+            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{pace}",
+                          last=last or bool(validation))
             busy, since = 0.0, done
-        if last or (cfg.save_every and done % cfg.save_every == 0):
-            save(done)
-        if cfg.sample_every and done % cfg.sample_every == 0 and not last:
+        if last or due(cfg.save_every):
+            save(path)
+        if due(cfg.sample_every) and not last:
             show_sample(state["params"])
     log.close()
     for s, handler in handlers:
         signal.signal(s, handler)
     if stop:
-        script = "gpt.py" if about["kind"] == "base" else "sft.py"
-        print(f"interrupted at step {done}, saved in {path}; go on with: python {script} --resume")
+        script = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}[path.stem]
+        where = "" if cfg.out_dir == "out" else f" --out_dir {cfg.out_dir}"
+        print(f"interrupted at step {done}, saved in {path}; go on with: python {script} --resume{where}")
         sys.exit(130)
-    if len(losses) > 1:
-        draw_curve(losses)
+    rising = sum_up(log_path)
+    if about["kind"] == "base" and rising:
+        print(f"validation loss has risen for {rising} evaluation(s), the model begins to learn its text by heart;"
+              f" best checkpoint: {best} (more text, fewer steps or --dropout help)")
+    elif about["kind"] == "base":
+        best.unlink(missing_ok=True)  # the same as the last one
     return jax.device_get(state)
 
 
 # ---------------------------------------------------------------- main
 
 
-def resume_config(cfg, given, saved, path):
-    """The configuration of an interrupted run, with the flags that may change; the others must agree with it."""
+def agree(cfg, given, saved, path):
+    """Refuse flags that contradict a checkpoint, except those that may change."""
     for name in given - MAY_CHANGE:
-        if saved.get(name) != getattr(cfg, name):
-            raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved.get(name)};"
+        if name in saved and saved[name] != getattr(cfg, name):
+            raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
                              " leave it out or start afresh")
+
+
+def resume_config(cfg, given, saved, path):
+    """The configuration of an interrupted run, with the flags that may change."""
+    agree(cfg, given, saved, path)
     return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given | {"resume", "out_dir"}})
 
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    check_device()
     path, log_path = (pathlib.Path(cfg.out_dir) / name for name in ("base.npz", "log.csv"))
-    if cfg.resume or cfg.init:
-        state, about, model, tokenizer = load_checkpoint(path if cfg.resume else cfg.init)
+    start = path if cfg.resume else cfg.init
+    if start:
+        state, about, model, tokenizer = load_checkpoint(start)
+        agree(cfg, given, about["model"], start)
     if cfg.resume:
         cfg = resume_config(cfg, given, about["config"], path)
     data_dir = pathlib.Path(cfg.data_dir)
     if "data_dir" not in given and not (data_dir / "train.bin").exists():
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main(["--out_dir", str(data_dir)])
-    source = data_dir / "tokenizer.json"
-    data_tokenizer = Tokenizer.from_json(source.read_text(encoding="utf-8"), source)
-    if not (cfg.resume or cfg.init):
+    data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
+    if not start:
         tokenizer = data_tokenizer
         sizes = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)}
-        model = Model(**sizes | dict(vocab_size=tokenizer.size))
+        model = Model(**sizes | {"vocab_size": tokenizer.size})
         if model.n_embd % (2 * model.n_head):
             raise InputError(f"--n_embd {model.n_embd}: must be a multiple of 2 x n_head = {2 * model.n_head}")
         state = dict(params=init_params(model, cfg.seed))
     if tokenizer.merges != data_tokenizer.merges:
-        raise InputError(f"{data_dir}: another vocabulary than that of {path if cfg.resume else cfg.init}")
+        raise InputError(f"{data_dir}: another vocabulary than that of {start}")
     if model.dtype == "bfloat16" and on_metal():
         raise InputError("--dtype bfloat16: not on Metal; leave it out")
-    ids, val = (load_tokens(data_dir, name, tokenizer, model.block_size) for name in ("train.bin", "val.bin"))
-    placed, split = placements(cfg.batch_size)
+    ids = load_tokens(data_dir / "train.bin", tokenizer, model.block_size + 1)
+    validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, model, cfg)
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     tokens = cfg.batch_size * cfg.grad_accum * model.block_size
-    print(f"{placed.mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters, {tokens} tokens a step,"
-          f" {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
+    print(f"{placements(cfg.batch_size)[0].mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters,"
+          f" {tokens} tokens a step, {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
           f" expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
     if not cfg.resume:
         state = new_state(state["params"])
         about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)
-        keep_previous(path, log_path)
+        keep_previous(path, path.with_name("best.npz"), log_path)
     batch_at = functools.partial(random_batch, ids, cfg.batch_size, model.block_size, cfg.seed)
     generate = make_generator(model)
 
@@ -648,8 +645,8 @@ def main(argv):
         new = [step[0] for step in generate(params, [[END]], choose, 2 * model.block_size)]
         print(f"sample: {printable(tokenizer.decode(new))}\n")
 
-    state = train(cfg, state, about, functools.partial(loss, model=model), batch_at,
-                  make_validation(val, tokenizer, model, cfg, split), path, log_path, show_sample)
+    objective = functools.partial(loss, model=model)
+    state = train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample)
     show_sample(state["params"])
     print(f"checkpoint: {path}\nnext: python sft.py   (or continue a text: python chat.py {path})")
 

@@ -18,13 +18,15 @@ import gzip
 import heapq
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
 import re
-import signal
+import shutil
 import sys
 import time
+import zlib
 from collections import Counter, defaultdict
 from multiprocessing import Pool
 
@@ -40,23 +42,24 @@ class InputError(Exception):
 def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
     try:
-        main(sys.argv[1:] if argv is None else argv)
-    except InputError as e:
-        problem = str(e)
+        return main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + getattr(signal, "SIGPIPE", 13))
-    except OSError as e:
-        problem = f"{e.filename or 'input/output'}: {e.strerror or e}"
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
-    else:
-        return
+    except InputError as e:
+        problem = str(e)
+    except OSError as e:
+        problem = f"{e.filename or 'a file'}: {e.strerror or e}"
+    except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
+        problem = (f"{(str(e) or 'out of memory').splitlines()[0][:200]}; a smaller model or batch may fit, the"
+                   " versions of requirements.txt may work better, JAX_PLATFORMS=cpu uses the CPU")
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
 
-def setting(default, help, low=None, high=None, **arg):
+def setting(default, help, low=0, high=1e18, **arg):
     """A dataclass field that is also a command-line flag with a range; `arg` goes to argparse.add_argument."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, arg=arg))
 
@@ -81,13 +84,11 @@ def read_flags(settings_class, argv, doc):
     for word in unknown:
         close = difflib.get_close_matches(word.split("=")[0].lstrip("-"), fields, 1)
         refuse(f"unknown argument {word}" + (f", did you mean --{close[0]}?" if close and word[0] == "-" else ""))
-    given = vars(given)
-    for name, value in given.items():
+    for name, value in vars(given).items():
         low, high = fields[name].metadata["low"], fields[name].metadata["high"]
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
-            span = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise InputError(f"--{name} {value}: must be {span}")
-    return settings_class(**given), set(given)
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise InputError(f"--{name} {value}: must be from {low} to {high:g}")
+    return settings_class(**vars(given)), set(vars(given))
 
 
 def show_progress(text, last=False):
@@ -96,6 +97,12 @@ def show_progress(text, last=False):
         print(f"\r{text}\033[K", end="\n" if last else "", flush=True)
     elif last:
         print(text, flush=True)
+
+
+def time_left(started, done, total):
+    """How long the rest takes if it goes on as since `started`."""
+    seconds = round((time.time() - started) * (total - done) / max(done, 1))
+    return f"{seconds // 60}:{seconds % 60:02} left"
 
 
 def printable(text):
@@ -140,6 +147,11 @@ def merge(ids, pair, new):
             out.append(ids[i])
             i += 1
     return out
+
+
+def fitting_vocabulary(words):
+    """A size in proportion to the text: a token that is hardly ever seen is hardly learned."""
+    return max(FIRST_MERGE, min(1 << 15, round(math.sqrt(sum(len(w) * n for w, n in words.items())) / 2)))
 
 
 def train_bpe(words, vocab_size):
@@ -236,6 +248,10 @@ class Tokenizer:
         return head + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
+    def load(cls, path):
+        return cls.from_json(pathlib.Path(path).read_bytes().decode("utf-8", "replace"), path)
+
+    @classmethod
     def from_json(cls, text, source):
         """The reverse; raises InputError naming `source` when the text is not a tokenizer."""
         try:
@@ -254,58 +270,57 @@ PIECE = 1 << 20  # characters; text is read and encoded in pieces of about this 
 TEXT_FILES = (".txt", ".md", ".jsonl")
 
 
-def open_bytes(path):
-    """A file to read from, decompressed when its name ends in .gz or .bz2; "-" is standard input."""
-    if path == "-":
-        return sys.stdin.buffer
-    return {".gz": gzip.open, ".bz2": bz2.open}.get(pathlib.Path(path).suffix, open)(path, "rb")
+def read_lines(path, seen=None, max_bytes=math.inf):
+    """A file (decompressed when its name ends in .gz or .bz2, "-" for standard input) -> (line, "file:line"). Refuses
+    what is clearly not UTF-8 text, replaces and counts in `seen` single bytes that are not."""
+    seen = Counter() if seen is None else seen
+    source = "standard input" if path == "-" else path
+    unpack = {".gz": gzip.open, ".bz2": bz2.open}.get(pathlib.Path(path).suffix, contextlib.nullcontext)
+    before, number, piped = seen["on disk"], 0, contextlib.nullcontext(sys.stdin.buffer)
+    try:
+        with piped if path == "-" else open(path, "rb") as disk, unpack(disk) as file:
+            while seen["bytes"] < max_bytes and (raw := file.readline(64 * PIECE)):
+                number += 1
+                if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise InputError(f"{source}:{number}: UTF-16 text; save it as UTF-8 first")
+                if b"\0" in raw:
+                    raise InputError(f"{source}:{number}: not text (it has zero bytes)")
+                line = raw.decode("utf-8", "replace").removeprefix("\ufeff")
+                seen.update({"bytes": len(raw), "replaced": line.count("\ufffd")})
+                seen["on disk"] = before + (0 if path == "-" else disk.tell())
+                yield line, f"{source}:{number}"
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise InputError(f"{source}: damaged compressed file ({e})") from None
+    if not number and not seen["bytes"]:
+        raise InputError(f"{source}: empty; give it some text")
 
 
-def to_text(raw, source):
-    """Bytes -> text; refuses what is clearly not UTF-8 text."""
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise InputError(f"{source}: UTF-16 text; save it as UTF-8 first")
-    if b"\0" in raw:
-        raise InputError(f"{source}: not text (it has zero bytes)")
-    return raw.decode("utf-8", "replace").removeprefix("\ufeff")
-
-
-def read_documents(paths, seen):
-    """Paths -> (piece of text, whether its document ends there), in order. Counts what it saw in `seen`."""
+def files_in(paths):
+    """Paths -> the same with each folder replaced by the text files in it, in order of their names."""
     for path in paths:
-        if path != "-" and pathlib.Path(path).is_dir():
-            inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if set(p.suffixes[-2:]) & set(TEXT_FILES))
-            if not inside:
-                raise InputError(f"{path}: a folder without text files ({', '.join(TEXT_FILES)}, also as .gz or .bz2)")
-            yield from read_documents(inside, seen)
+        if path == "-" or not pathlib.Path(path).is_dir():
+            yield path
             continue
-        json_lines, held, length, line_number = ".jsonl" in pathlib.Path(path).suffixes[-2:], [], 0, 0
-        try:
-            with open_bytes(path) as file:
-                while raw := file.readline(64 * PIECE):
-                    line_number += 1
-                    source = f"{'standard input' if path == '-' else path}:{line_number}"
-                    line = to_text(raw, source)
-                    seen["bytes"] += len(raw)
-                    seen["replaced"] += line.count("\ufffd")
-                    if path == "-" and line_number == 1:
-                        json_lines = line.startswith('{"')
-                    if json_lines:
-                        seen["documents"] += 1
-                        yield json_text(line, source), True
-                        continue
-                    held.append(line)
-                    length += len(line)
-                    if length >= PIECE:
-                        yield "".join(held), False
-                        held, length = [], 0
-        except (EOFError, gzip.BadGzipFile) as e:
-            raise InputError(f"{path}: damaged compressed file ({e})") from None
-        if not line_number:
-            raise InputError(f"{path}: empty; give it some text")
+        inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if set(p.suffixes[-2:]) & set(TEXT_FILES))
+        if not inside:
+            raise InputError(f"{path}: a folder without text files ({', '.join(TEXT_FILES)}, also as .gz or .bz2)")
+        yield from inside
+
+
+def read_documents(paths, seen, max_bytes=math.inf):
+    """Files -> (line of a document, whether the document ends there); a JSON line is a document of its own."""
+    for path in paths:
+        json_lines = ".jsonl" in pathlib.Path(path).suffixes[-2:]
+        for line, source in read_lines(path, seen, max_bytes):
+            json_lines = json_lines or (path == "-" and source.endswith("t:1") and line.startswith('{"'))
+            if not json_lines:
+                yield line, False
+            elif line.strip():
+                yield json_text(line, source), True
+                seen["documents"] += 1
         if not json_lines:
+            yield "", True
             seen["documents"] += 1
-            yield "".join(held), True
 
 
 def json_text(line, source):
@@ -319,58 +334,56 @@ def json_text(line, source):
     return text
 
 
-def in_groups(pieces):
-    """Pieces -> lists of pieces of about a million characters, one job for a worker."""
-    group, length = [], 0
-    for piece in pieces:
-        group.append(piece)
-        length += len(piece[0])
-        if length >= PIECE:
-            yield group
-            group, length = [], 0
+def in_groups(lines):
+    """(line, whether its document ends there) -> lists of (text, the same) of about a million characters, each a job
+    for a worker. A document is cut only before a line that begins with a letter: no token would cross that border."""
+    group, held, length = [], [], 0
+    for line, ends in lines:
+        if length >= PIECE and (not held or line[:1].isalpha() or length >= 64 * PIECE):
+            yield group + [("".join(held), False)]
+            group, held, length = [], [], 0
+        held.append(line)
+        length += len(line)
+        if ends:
+            group.append(("".join(held), True))
+            held = []
     if group:
         yield group
 
 
 def encode_group(group, tokenizer):
-    """Pieces -> uint16 ids, each document closed by <|end|>."""
-    return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], np.uint16)
+    """Texts -> uint16 ids, each document closed by <|end|>."""
+    return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], "<u2")
 
 
-def write_tokens(pieces, vocab_size, val_fraction, out_dir):
-    """Pieces of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
+def write_tokens(lines, vocab_size, val_fraction, out_dir, progress):
+    """Lines of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
     characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written."""
-    groups, words, first, started = in_groups(pieces), Counter(), [], time.time()
-    for group in itertools.islice(groups, 32):
-        first.append(group)
-        for text, _ in group:
-            words.update(WORD.findall(text))
-    tokenizer = Tokenizer(train_bpe(words, vocab_size))
+    groups = in_groups(lines)
+    first, words = list(itertools.islice(groups, 32)), Counter()
+    for text, _ in itertools.chain(*first):
+        words.update(WORD.findall(text))
+    tokenizer = Tokenizer(train_bpe(words, vocab_size or fitting_vocabulary(words)))
     encode = functools.partial(encode_group, tokenizer=tokenizer)
-    groups, cores = itertools.chain(first, groups), os.cpu_count() or 1
+    groups, cores, tokens, ends = itertools.chain(first, groups), os.cpu_count() or 1, 0, []
     out_dir.mkdir(parents=True, exist_ok=True)
     workers = Pool(cores) if len(first) > 4 else contextlib.nullcontext()
     with whole_file(out_dir / "train.bin") as train, workers as pool:
-        tokens, shown = 0, time.time()
         while some := list(itertools.islice(groups, 4 * cores)):
             for ids in (pool.imap if pool else map)(encode, some):
                 ids.tofile(train)
+                ends.append(np.flatnonzero(ids == END) + tokens)
                 tokens += len(ids)
-            if time.time() - shown > 1:
-                show_progress(f"{tokens / 1e6:.1f} M tokens, {tokens / (time.time() - started) / 1e6:.2f} M a second")
-                shown = time.time()
-        train.flush()
-        ids = np.memmap(train, "<u2", "r") if tokens else []
-        cut = int(tokens * (1 - val_fraction))
-        ends = np.flatnonzero(ids == END) if tokens else []
-        if len(ends) > 2:
-            cut = int(ends[np.searchsorted(ends[:-2], cut)]) + 1  # whole documents
+            progress(tokens)
+        cut, borders = int(tokens * (1 - val_fraction)), np.concatenate([*ends, []])[:-1].astype(int) + 1
+        if len(borders):
+            cut = int(borders[min(np.searchsorted(borders, cut), len(borders) - 1)])  # whole documents
         if not 2 <= cut <= tokens - 2:
             raise InputError(f"too little text: {tokens} tokens; give it more")
+        train.seek(2 * cut)
         with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as readable:
-            ids[cut:].tofile(val)
+            shutil.copyfileobj(train, val)
             readable.write(tokenizer.to_json().encode())
-        del ids  # Windows does not cut a file that is mapped
         train.truncate(2 * cut)
     return tokenizer, cut, tokens - cut
 
@@ -378,8 +391,8 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir):
 # ---------------------------------------------------------------- the built-in corpus
 
 # data/world.csv holds the facts, data/wordings.csv the ways to state them and to ask for them: {x} is the subject, {xs}
-# its possessive, {v} the value, {n} a noun phrase. An attribute's first statement is also the answer. Wordings whose use
-# begins with "new" are kept out of training: they test questions that were never seen.
+# its possessive, {v} the value, {n} a noun phrase. An attribute's first statement is also the answer. Wordings whose
+# use begins with "new" are kept out of training: they test questions that were never seen.
 DATA = pathlib.Path(__file__).with_name("data")
 
 
@@ -502,35 +515,45 @@ def built_in_corpus(seed):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    inputs: str = setting((), "text files, folders, .jsonl with a \"text\" field, also .gz or .bz2; - is standard input;"
-                          " nothing: the built-in corpus", nargs="*", positional="inputs", metavar="INPUT")
+    inputs: str = setting((), "text files, folders, .jsonl with a \"text\" field, also .gz or .bz2; - is standard"
+                          " input; nothing: the built-in corpus", nargs="*", positional="inputs", metavar="INPUT")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
-    vocab_size: int = setting(2048, "tokens in the vocabulary, fewer for a small text", low=FIRST_MERGE, high=1 << 16)
-    val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation", low=0.0, high=0.9)
-    seed: int = setting(0, "divides the built-in corpus into A, B and C", low=0)
+    vocab_size: int = setting(0, "tokens in the vocabulary; 0 fits it to the text", high=1 << 16)
+    val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation", high=0.9)
+    max_bytes: int = setting(0, "take only about so much from the beginning of the text; 0 takes all of it")
+    seed: int = setting(0, "divides the built-in corpus into A, B and C", high=2**32 - 1)
 
 
 def main(argv):
     s, _ = read_flags(Settings, argv, __doc__)
-    out_dir, started, seen = pathlib.Path(s.out_dir), time.time(), Counter()
+    if 0 < s.vocab_size < FIRST_MERGE:
+        raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes and special tokens")
+    out_dir, started, seen, vocab_size = pathlib.Path(s.out_dir), time.time(), Counter(), s.vocab_size
     if s.inputs:
-        pieces = read_documents(s.inputs, seen)
+        paths = list(files_in(s.inputs))
+        on_disk = sum(os.path.getsize(p) for p in paths if p != "-")
+        lines = read_documents(paths, seen, s.max_bytes or math.inf)
     else:
         documents, train, test = built_in_corpus(s.seed)
-        seen.update(documents=len(documents), bytes=sum(len(d.encode()) for d in documents))
-        pieces = ((d, True) for d in documents)
-    tokenizer, train_tokens, val_tokens = write_tokens(pieces, s.vocab_size, s.val_fraction, out_dir)
-    tokens = train_tokens + val_tokens
+        seen.update({"documents": len(documents), "bytes": sum(len(d.encode()) for d in documents)})
+        lines, on_disk, vocab_size = ((d, True) for d in documents), 0, vocab_size or 2048
+
+    def progress(tokens):
+        left = time_left(started, seen["on disk"], on_disk) if on_disk and not s.max_bytes else ""
+        show_progress(f"{seen['bytes'] / 1e6:.0f} MB read, {tokens / 1e6:.1f} M tokens  {left}")
+
+    tokenizer, train_tokens, val_tokens = write_tokens(lines, vocab_size, s.val_fraction, out_dir, progress)
     if seen["replaced"]:
         print(f"warning: {seen['replaced']} invalid UTF-8 sequences became U+FFFD")
-    print(f"{out_dir}: {seen['documents']} documents, {seen['bytes'] / 1e6:.2f} MB, {train_tokens} + {val_tokens} tokens"
-          f" ({seen['bytes'] / tokens:.2f} bytes each), vocabulary {tokenizer.size}, {time.time() - started:.1f} s")
+    size, tokens = seen["bytes"], train_tokens + val_tokens
+    show_progress(f"{out_dir}: {seen['documents']} documents, {size / 1e6:.2f} MB, {train_tokens} + {val_tokens} tokens"
+                  f" ({size / tokens:.2f} bytes each), vocabulary {tokenizer.size}, {time.time() - started:.1f} s", True)
     if not s.inputs:
         for name, records in [("qa.jsonl", train), ("qa_test.jsonl", test)]:
             with whole_file(out_dir / name) as file:
                 file.writelines(f"{json.dumps(r, ensure_ascii=False)}\n".encode() for r in records)
         print(f"{out_dir}: {len(train)} questions and answers to learn from, {len(test)} to test with")
-        print("next: python gpt.py")
+    print("next: python gpt.py")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Supervised fine-tuning: from a model that continues text to one that answers.
+"""Supervised fine-tuning: from a model that continues text to one that answers. And DPO, the level after that.
 
     python sft.py                             # the built-in questions, out/base.npz -> out/chat.npz
     python sft.py mine.jsonl --init out/base.npz --eval held_out.jsonl
     python sft.py --show 3                    # three examples, the trained tokens in colour, then stop
     python sft.py --eval questions.jsonl      # no training: how many answers of out/chat.npz are right
+    python sft.py --dpo                       # right answers against its own wrong ones, out/chat.npz -> out/dpo.npz
 
 Pretraining gave the model its knowledge; here it learns the manner. The step is that of gpt.py, but only the tokens
-of answers have weight. Reading order: reading files, rendering, batches, evaluation, main.
+of answers have weight. Reading order: reading files, rendering, batches, evaluation, preferences (DPO), main.
 """
 import dataclasses
 import functools
@@ -16,30 +17,32 @@ import sys
 from collections import Counter, defaultdict
 
 import gpt
+import jax
+import jax.numpy as jnp
 import numpy as np
 import prepare
-from prepare import ASSISTANT, END, USER, InputError, read_flags, run, setting, show_progress
+from prepare import ASSISTANT, END, USER, InputError, Tokenizer, read_flags, run, setting, show_progress
 
 # ---------------------------------------------------------------- reading files
 
 
 def read_records(path):
     """A JSON list or JSON lines, also .gz -> [(record, "file:line")]."""
-    with prepare.open_bytes(path) as file:
-        text = prepare.to_text(file.read(), path)
-    if not text.strip():
-        raise InputError(f"{path}: empty; give it questions and answers")
+    lines = list(prepare.read_lines(path))
+    text = "".join(line for line, _ in lines)
     try:
         if text.lstrip().startswith("["):
+            source = path
             return [(record, f"{path}: record {i}") for i, record in enumerate(json.loads(text), 1)]
         records = []
-        for number, line in enumerate(text.split("\n"), 1):
+        for line, source in lines:
             if line.strip():
-                records.append((json.loads(line), f"{path}:{number}"))
-        return records
+                records.append((json.loads(line), source))
     except (ValueError, RecursionError) as e:
-        number = getattr(e, "lineno", 1) if text.lstrip().startswith("[") else number
-        raise InputError(f"{path}:{number}: not JSON ({e})") from None
+        raise InputError(f"{source}: not JSON ({e})") from None
+    if not records:
+        raise InputError(f"{path}: empty; give it questions and answers")
+    return records
 
 
 def turns_of(record, source):
@@ -114,15 +117,18 @@ def show(ids, trained, tokenizer):
 # ---------------------------------------------------------------- batches
 
 
+def epoch_order(count, n, seed, number):
+    """Which n of count examples make the number-th batch: each is seen once in an epoch, in an order of its own."""
+    places = range(number * n, (number + 1) * n)
+    orders = {e: np.random.default_rng([seed, e]).permutation(count) for e in {p // count for p in places}}
+    return np.array([orders[p // count][p % count] for p in places])
+
+
 def mixed_batch(rows, replay_ids, n, replay, T, seed, number):
     """The number-th batch: n rows, a part `replay` of them pretraining text with full weight, against forgetting
-    (arXiv 2503.21676); the rest examples, each once in an epoch. A function of (seed, number)."""
+    (arXiv 2503.21676); the rest examples. A function of (seed, number)."""
     old = round(n * replay) if replay_ids is not None else 0
-    new = n - old
-    position = np.arange(number * new, (number + 1) * new)
-    epochs = np.unique(position // len(rows)).tolist()
-    orders = {e: np.random.default_rng([seed, e]).permutation(len(rows)) for e in epochs}
-    x, y, w = np.stack([rows[orders[p // len(rows)][p % len(rows)]] for p in position.tolist()], axis=1)
+    x, y, w = rows[epoch_order(len(rows), n - old, seed, number)].swapaxes(0, 1)
     if old:
         replayed = gpt.random_batch(replay_ids, old, T, seed, number)
         x, y, w = (np.concatenate(pair) for pair in zip((x, y, w), replayed))
@@ -132,16 +138,19 @@ def mixed_batch(rows, replay_ids, n, replay, T, seed, number):
 # ---------------------------------------------------------------- evaluation
 
 
-def answer_all(params, model, tokenizer, prompts, max_new_tokens):
-    """Greedy answers to prompts (lists of ids) -> [(text, whether it ended by itself)], in batches of a fixed size."""
-    generate, n, answers = gpt.make_generator(model), 64, []
+def likeliest(i, logits, history):
+    return int(logits.argmax())
+
+
+def answer_all(params, model, tokenizer, prompts, max_new_tokens, choose=likeliest):
+    """Answers to prompts (lists of ids) -> [(text, number of tokens with <|end|>, whether it ended by itself)]."""
+    generate, n, answers = gpt.make_generator(model), 64, []  # batches of a fixed size: compiled once
     for start in range(0, len(prompts), n):
         some = prompts[start:start + n]
-        likeliest = lambda i, logits, history: int(logits.argmax())
-        steps = list(generate(params, some + [[END]] * (n - len(some)), likeliest, max_new_tokens))
+        steps = list(generate(params, some + [[END]] * (n - len(some)), choose, max_new_tokens))
         for i in range(len(some)):
             ids = [step[i] for step in steps if step[i] is not None]
-            answers.append((tokenizer.decode(ids).removeprefix(" "), END in ids))
+            answers.append((tokenizer.decode(ids).removeprefix(" "), len(ids), END in ids))
         show_progress(f"answering: {len(answers)} of {len(prompts)}", last=len(answers) == len(prompts))
     return answers
 
@@ -153,8 +162,8 @@ def grade(params, model, tokenizer, records):
     longest = max(len(tokenizer.encode(r["response"])) for r in records) + 8
     answers = answer_all(params, model, tokenizer, prompts, longest)
     right = [text.startswith(r["response"].strip()) if "prompt" in r else text == r["response"]
-             for r, (text, _) in zip(records, answers)]
-    ended = [end for r, (_, end) in zip(records, answers) if "prompt" not in r]
+             for r, (text, *_) in zip(records, answers)]
+    ended = [end for r, (*_, end) in zip(records, answers) if "prompt" not in r]
     return right, sum(ended) / max(1, len(ended))
 
 
@@ -186,6 +195,126 @@ def read_test(path):
     return records
 
 
+# ---------------------------------------------------------------- preferences (DPO)
+
+BOLD = 1.2  # temperature at which the model is sampled to hear its mistakes
+
+
+def read_preferences(path):
+    """{"instruction", "chosen", "rejected"} a line -> [(question, chosen, rejected)]"""
+    preferences = []
+    for record, source in read_records(path):
+        texts = [isinstance(record, dict) and record.get(k) for k in ("instruction", "chosen", "rejected")]
+        if not all(isinstance(text, str) and text.strip() for text in texts) or texts[1] == texts[2]:
+            raise InputError(f'{source}: needs "instruction" and two different texts, "chosen" and "rejected"')
+        preferences.append(texts)
+    return preferences
+
+
+def own_preferences(params, model, tokenizer, path, seed, n=1000):
+    """The right answers of `path` against the model's own rambling: what it says when it must go on."""
+    pairs = {r["instruction"]: r["response"] for r, _ in read_records(path) if "instruction" in r}
+    questions = np.random.default_rng(seed).permutation(sorted(pairs))[:n].tolist()
+    said = bold_answers(params, model, tokenizer, questions, seed, may_end=False)
+    return [(q, pairs[q], text) for q, (text, *_) in zip(questions, said) if text.strip() and text != pairs[q]]
+
+
+def bold_answers(params, model, tokenizer, questions, seed, may_end=True):
+    """Sampled answers: [(text, number of tokens, whether it ended by itself)]."""
+    rng, never = np.random.default_rng(seed), np.zeros(model.vocab_size)
+    never[END] = 0 if may_end else -np.inf
+    choose = lambda i, logits, history: gpt.sample(logits + never, history, rng, temperature=BOLD)
+    prompts = [render([q], tokenizer)[0] for q in questions]
+    return answer_all(params, model, tokenizer, prompts, model.block_size // 2, choose)
+
+
+def log_probs(params, x, y, w, model):
+    """Log-probability of what is trained in each row: x, y, w (n, T) -> (n,)."""
+    losses = jax.vmap(functools.partial(gpt.token_losses, key=None, model=model), (None, 0, 0))(params, x, y)
+    return -(losses * w).sum(-1)
+
+
+def dpo_loss(params, batch, key, model, beta, anchor):
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w (n, 2, T), the chosen
+    answer first, and the log-probabilities (n, 2) that the model before training gave them, the reference.
+
+    A softmax of the two rewards, as in any classification. `anchor` adds the loss per token of the chosen answer, whose
+    probability would otherwise fall along with that of the rejected one (arXiv 2404.19733)."""
+    x, y, w, reference = batch
+    logp = jax.vmap(log_probs, (None, 0, 0, 0, None))(params, x, y, w, model)
+    reward = beta * (logp - reference)
+    top = jax.lax.stop_gradient(reward.max(-1))
+    losses = jnp.log(jnp.exp(reward - top[:, None]).sum(-1)) + top - reward[:, 0]
+    return (losses - anchor * logp[:, 0] / w[:, 0].sum(-1)).sum(), np.float32(len(x))
+
+
+def reference_of(params, rows, model, n=32):
+    """Log-probabilities (N, 2) of rows (N, 2, 3, T), in batches of a fixed size."""
+    compiled = jax.jit(lambda params, x, y, w: log_probs(params, x, y, w, model))
+    flat = np.resize(rows.reshape(-1, *rows.shape[2:]), (-(-2 * len(rows) // n) * n, *rows.shape[2:]))
+    parts = [np.asarray(compiled(params, *flat[i:i + n].swapaxes(0, 1))) for i in range(0, len(flat), n)]
+    return np.concatenate(parts)[:2 * len(rows)].reshape(-1, 2)
+
+
+def prefer(cfg, given):
+    """Train on preferences, and print what that changed."""
+    out_dir, data_dir = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir)
+    path, log_path = out_dir / "dpo.npz", out_dir / "log_dpo.csv"
+    if cfg.resume:
+        state, about, *_ = gpt.load_checkpoint(path)
+        cfg = gpt.resume_config(cfg, given, about["config"], path)
+    elif not cfg.init:
+        gpt.make_if_missing(out_dir / "chat.npz", main, inherited(cfg, given))
+        cfg = dataclasses.replace(cfg, init=str(out_dir / "chat.npz"))
+    before, was, model, tokenizer = gpt.load_checkpoint(cfg.init)
+    before = before["params"]
+    preferences = (read_preferences(cfg.dpo) if cfg.dpo else
+                   own_preferences(before, model, tokenizer, data_dir / "qa.jsonl", cfg.seed))
+    T = model.block_size
+    examples = [[render([q, answer], tokenizer) for answer in answers] for q, *answers in preferences]
+    fit = [i for i, pair in enumerate(examples) if all(len(ids) <= T for ids, _ in pair)]
+    held = max(1, len(fit) // 10)
+    print(f"{len(fit)} preferences ({len(examples) - len(fit)} longer than the context left out), {held} held out")
+    if len(fit) < 2:
+        raise InputError(f"{cfg.dpo or cfg.init}: fewer than two preferences that fit the context of {T} tokens")
+    rows = np.array([[shift(*e, T) for e in examples[i]] for i in fit])
+    reference = reference_of(before, rows, model)
+    if not cfg.resume:
+        state, about = gpt.new_state(before), dict(was, kind="chat", step=0, seconds=0.0)
+        gpt.keep_previous(path, log_path)
+
+    def batch_at(number):
+        some = held + epoch_order(len(rows) - held, cfg.batch_size, cfg.seed, number)
+        x, y, w = rows[some].transpose(2, 0, 1, 3)
+        return x, y, w.astype(np.float32), reference[some]
+
+    def judge(params):
+        """Loss, accuracy, margin and both rewards on the held-out preferences."""
+        reward = cfg.beta * (reference_of(params, rows[:held], model) - reference[:held])
+        margin = reward[:, 0] - reward[:, 1]
+        return np.logaddexp(0, -margin).mean(), 100 * (margin > 0).mean(), margin.mean(), *reward.mean(0)
+
+    objective = functools.partial(dpo_loss, model=model, beta=cfg.beta, anchor=cfg.anchor)
+    validate = lambda params: (float(judge(params)[0]), "")
+    state = gpt.train(cfg, state, about, objective, batch_at, validate, path, log_path, lambda params: None)
+    names = ["DPO loss, held out", "chosen preferred, %", "margin", "reward of the chosen", "reward of the rejected"]
+    lines = list(zip(names, judge(before), judge(state["params"])))
+    questions, right = [preferences[i][0] for i in fit[:held]], [preferences[i][1] for i in fit[:held]]
+    said = [bold_answers(p, model, tokenizer, questions, cfg.seed + 1) for p in (before, state["params"])]
+    lines += [(f"chosen answer given, sampled at {BOLD}, %", *(100 * np.mean([text == r for (text, *_), r in zip(s, right)])
+                                                               for s in said)),
+              ("tokens an answer", *(np.mean([n for _, n, _ in s]) for s in said))]
+    test = read_test(cfg.eval) if cfg.eval else [] if cfg.dpo else read_test(data_dir / "qa_test.jsonl")
+    test = [r for r in test if r.get("set", "B").startswith("B")]
+    if test:
+        lines.append(("test answers about B right, %",
+                      *(100 * np.mean(grade(p, model, tokenizer, test)[0]) for p in (before, state["params"]))))
+    print(f"{'':<44}{'before':>10}{'after':>10}")
+    for name, *values in lines:
+        print(f"{name:<44}" + "".join(f"{value:>10.3f}" for value in values))
+    print(f"checkpoint: {path}\nnext: python chat.py {path}")
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -193,13 +322,22 @@ def read_test(path):
 class Config(gpt.Training):
     pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: the built-in ones", nargs="*",
                          positional="pairs", metavar="PAIRS")
-    init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir", metavar="CKPT")
+    init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir, for DPO chat.npz", metavar="CKPT")
     eval: str = setting("", "questions and answers to test with; without PAIRS nothing is trained", metavar="PAIRS")
-    show: int = setting(0, "print this many examples with what is trained, and stop", low=0)
-    replay: float = setting(0.25, "part of the rows that is pretraining text", low=0.0, high=0.9)
+    show: int = setting(0, "print this many examples with what is trained, and stop")
+    replay: float = setting(0.25, "part of the rows that is pretraining text", high=0.9)
+    dpo: str = setting(None, "preferences to train on; without a file: made from the model's own answers", nargs="?",
+                       const="", metavar="PREFERENCES")
+    beta: float = setting(0.1, "DPO: how far the model may move from what it was")
+    anchor: float = setting(1.0, "DPO: weight of the plain loss on the chosen answer")
     batch_size: int = setting(32, "rows in a micro-batch", low=1, high=1 << 20)
-    max_steps: int = setting(600, "optimiser steps", low=1)
-    learning_rate: float = setting(2e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it", low=0.0)
+    max_steps: int = setting(600, "optimiser steps [with --dpo: 60]", low=1)
+    learning_rate: float = setting(2e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it [--dpo: 5e-5]")
+
+
+def inherited(cfg, given):
+    """The flags that a script which is run for its result should have too."""
+    return [f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given]
 
 
 def read_examples(paths, tokenizer, T):
@@ -207,23 +345,22 @@ def read_examples(paths, tokenizer, T):
     examples = [render(turns_of(*record), tokenizer) for path in paths for record in read_records(path)]
     fitting = [(ids, trained) for ids, trained in examples if len(ids) <= T]
     if len(fitting) < len(examples):
-        print(f"left out: {len(examples) - len(fitting)} of {len(examples)} examples, longer than {T} tokens, the context")
+        print(f"left out: {len(examples) - len(fitting)} of {len(examples)} examples, longer than the context of {T}")
     if not fitting:
-        raise InputError(f"{paths[0]}: no example fits the context of {T} tokens; train a base with a larger --block_size")
+        raise InputError(f"{paths[0]}: no example fits the context of {T} tokens; a base needs a larger --block_size")
     return fitting
 
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    gpt.check_device()
+    if cfg.dpo is not None:
+        unset = {"max_steps": 60, "learning_rate": 5e-5, "eval_every": 20}
+        return prefer(dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given}), given)
     out_dir, data_dir = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir)
     path, log_path, base = out_dir / "chat.npz", out_dir / "log_sft.csv", pathlib.Path(cfg.init or out_dir / "base.npz")
     only_test = bool(cfg.eval) and not cfg.pairs and path.exists() and not cfg.init
-    if not (cfg.init or only_test) and (not base.exists() or gpt.unfinished(base)):
-        print(f"{base} is unfinished (--init takes it as it is): going on with gpt.py" if base.exists() else
-              f"no {base} yet: running gpt.py")
-        flags = [f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given]
-        gpt.main(flags + ["--resume"] * base.exists())
+    if not (cfg.init or cfg.resume or only_test):
+        gpt.make_if_missing(base, gpt.main, inherited(cfg, given))
     state, about, model, tokenizer = gpt.load_checkpoint(path if cfg.resume or only_test else base)
     if cfg.resume:
         cfg = gpt.resume_config(cfg, given, about["config"], path)
@@ -236,9 +373,9 @@ def main(argv):
         return print("\n".join(show(*example, tokenizer) for example in examples[:cfg.show]))
     rows = np.stack([shift(*example, T) for example in examples])
     replay, validate, source = None, None, data_dir / "tokenizer.json"
-    if source.exists() and source.read_text(encoding="utf-8") == tokenizer.to_json():
-        replay, val = (gpt.load_tokens(data_dir, name, tokenizer, T) for name in ("train.bin", "val.bin"))
-        validate = gpt.make_validation(val, tokenizer, model, cfg, gpt.placements(cfg.batch_size)[1])
+    if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
+        replay = gpt.load_tokens(data_dir / "train.bin", tokenizer, T + 1)
+        validate = gpt.make_validation(gpt.load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, model, cfg)
     else:
         print(f"{data_dir} is not the text that {base} was trained on, so none of it is replayed")
     columns = {}
