@@ -359,7 +359,7 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     order = np.argsort(-logits, kind="stable")[: top_k or None]
     p = np.exp((logits[order] - logits[order[0]]) / temperature)
     p /= p.sum()
-    keep = np.cumsum(p) - p < top_p
+    keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)  # the likeliest always stays
     return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
 
 
@@ -532,7 +532,9 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, jax.device_put(state, placed), step, batches, validate))
     state = jax.device_put(state, placed)
     if not done:
-        save(path)  # a path that cannot be written fails now
+        save(begun := path.with_name("begun.npz"))  # a folder that cannot be written fails now, nothing touched
+        keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
+        os.replace(begun, path)
     handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
     log, busy, first, since = open_log(log_path, done), 0.0, done, done
     while done < cfg.max_steps and not stop:
@@ -635,7 +637,6 @@ def main(argv):
     if not cfg.resume:
         state = new_state(state["params"])
         about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)
-        keep_previous(path, path.with_name("best.npz"), log_path)
     batch_at = functools.partial(random_batch, ids, cfg.batch_size, model.block_size, cfg.seed)
     generate = make_generator(model)
 

@@ -55,7 +55,7 @@ def run(main, argv=None):
     except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
         problem = (f"{(str(e) or 'out of memory').splitlines()[0][:200]}; a smaller model or batch may fit, the"
                    " versions of requirements.txt may work better, JAX_PLATFORMS=cpu uses the CPU")
-    print(f"error: {problem}", file=sys.stderr)
+    print("error:", printable(problem).replace("\n", " "), file=sys.stderr)
     sys.exit(2)
 
 

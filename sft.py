@@ -30,14 +30,15 @@ def read_records(path):
     """A JSON list or JSON lines, also .gz -> [(record, "file:line")]."""
     lines = list(prepare.read_lines(path))
     text = "".join(line for line, _ in lines)
+    records = []
     try:
         if text.lstrip().startswith("["):
             source = path
-            return [(record, f"{path}: record {i}") for i, record in enumerate(json.loads(text), 1)]
-        records = []
-        for line, source in lines:
-            if line.strip():
-                records.append((json.loads(line), source))
+            records = [(record, f"{path}: record {i}") for i, record in enumerate(json.loads(text), 1)]
+        else:
+            for line, source in lines:
+                if line.strip():
+                    records.append((json.loads(line), source))
     except (ValueError, RecursionError) as e:
         raise InputError(f"{source}: not JSON ({e})") from None
     if not records:
@@ -281,7 +282,6 @@ def prefer(cfg, given):
     reference = reference_of(before, rows, model)
     if not cfg.resume:
         state, about = gpt.new_state(before), dict(was, kind="chat", step=0, seconds=0.0)
-        gpt.keep_previous(path, log_path)
 
     def batch_at(number):
         some = held + epoch_order(len(rows) - held, cfg.batch_size, cfg.seed, number)
@@ -387,7 +387,6 @@ def main(argv):
             noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, model.n_embd))
             state["params"]["wte"][[USER, ASSISTANT]] = state["params"]["wte"].mean(0) + noise
         about = dict(about, kind="chat", step=0, seconds=0.0)
-        gpt.keep_previous(path, log_path)
     print(f"{len(rows)} examples, {rows[:, 2].sum()} trained tokens,"
           f" {len(rows) / (cfg.batch_size * (1 - cfg.replay)):.0f} steps an epoch")
     batch_at = functools.partial(mixed_batch, rows, replay, cfg.batch_size, cfg.replay, T, cfg.seed)

@@ -17,8 +17,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
@@ -565,35 +567,58 @@ def test_the_road_from_text_to_answers(folder):
     assert ask("", "out/base.npz", "--prompt=the cat").stdout.startswith("the cat")
 
 
-BAD = [
-    (prepare, ["none.txt"], "none.txt: No such file"), (prepare, ["empty.txt"], "empty.txt: empty"),
-    (prepare, ["binary.txt"], "binary.txt:1: not text"), (prepare, ["utf16.txt"], "utf16.txt:1: UTF-16"),
-    (prepare, ["bad.jsonl"], "bad.jsonl:2: not a JSON object"), (prepare, ["my.txt", "--vocab_size=3"], "--vocab_size 3: must be at least 259"),
-    (prepare, ["short.txt"], "too little text"), (gpt, ["--n_layr", "6"], "did you mean --n_layer?"),
-    (gpt, ["--n_layer=many"], "n_layer"), (gpt, ["--n_embd=30"], "multiple of 2 x n_head"), (gpt, ["--dropout=2"], "--dropout 2.0: must be"),
-    (gpt, ["--learning_rate=nan"], "--learning_rate nan: must be"), (gpt, ["--block_size=5000"], "5001 needed; use more text"),
-    (gpt, ["--data_dir=odd"], "odd length"), (gpt, ["--data_dir=foreign"], "not a tokenizer"), (gpt, ["--init=none.npz"], "none.npz: no such checkpoint"),
-    (gpt, ["--init=my.txt"], "my.txt: not a whole checkpoint"), (gpt, ["--resume", "--out_dir=nowhere"], "no such checkpoint"),
-    (sft, ["bad.jsonl", "--init=base.npz"], "bad.jsonl:2: "), (sft, ["list.json", "--init=base.npz"], "list.json: record 2: "),
-    (sft, ["none.jsonl", "--init=base.npz"], "none.jsonl: No such file"), (sft, ["empty.txt", "--init=base.npz"], "empty.txt: empty"),
-    (chat, ["none.npz"], "none.npz: no such checkpoint"), (chat, ["base.npz", "--top_p=2"], "--top_p 2.0: must be from 0 to 1"),
-]
+PAIR = b'{"instruction": "q", "response": "a"}\n'
+BAD_FILES = {
+    "empty": b"", "blank": b"\n \n", "binary": b"a\0b", "utf16": "hi".encode("utf-16"), "short": b"a",
+    "none.jsonl": b"{}", "list.jsonl": b"[]", "number.jsonl": b"3", "null.jsonl": b"null", "cut.jsonl": PAIR[:20],
+    "second.jsonl": b'{"text": "a", "instruction": "q", "response": "a"}\n{"text": 3}\n', "cut.json": b"[" + PAIR,
+    "types.jsonl": b'{"text": 3, "instruction": 3, "response": 3}', "deep.jsonl": b"[" * 100_000,
+    "blank.jsonl": b'{"instruction": "q", "response": " "}', "list.json": b"[" + PAIR + b", 3]",
+    "roles.jsonl": b'{"messages": [{"role": "king", "content": "a"}, {"role": "assistant", "content": "a"}]}',
+    "messages.jsonl": b'{"messages": 3}', "content.jsonl": b'{"messages": [{"role": "user"}]}',
+    "bad.gz": b"no", "cut.gz": gzip.compress(b"text" * 99)[:20], "bad.bz2": b"no", "cut.bz2": bz2.compress(b"a")[:20],
+    "cut.npz": b"PK\3\4" + bytes(99), "new\nline": b"", "space ": b"", "missing": None, "folder": None, "no/folder": None}
+MESSAGES = [
+    (prepare, "missing", "missing: No such file"), (prepare, "empty", "empty: empty"), (prepare, "binary", "binary:1: not"),
+    (prepare, "utf16", "utf16:1: UTF-16"), (prepare, "second.jsonl", "second.jsonl:2: not a JSON object"),
+    (prepare, "my.txt --vocab_size=3", "--vocab_size 3: must be at least 259"), (prepare, "short", "too little text"),
+    (gpt, "--n_layr 6", "did you mean --n_layer?"), (gpt, "--n_embd=30", "multiple of 2 x n_head"),
+    (gpt, "--learning_rate=nan", "--learning_rate nan: must be"), (gpt, "--block_size=5000", "5001 needed"),
+    (gpt, "--data_dir=odd", "odd length"), (gpt, "--data_dir=foreign", "not a tokenizer"),
+    (gpt, "--data_dir=beyond", "beyond the vocabulary"), (gpt, "--init=my.txt", "my.txt: not a whole checkpoint"),
+    (gpt, "--init=base.npz --n_layer=2", "was begun with 1"), (gpt, "--resume --out_dir=nowhere", "no such checkpoint"),
+    (sft, "second.jsonl --init=base.npz", "second.jsonl:2: "), (sft, "list.json --init=base.npz", "list.json: record 2: "),
+    (sft, "--dpo=pair.jsonl --init=base.npz", "pair.jsonl:1: needs"), (chat, "none.npz", "none.npz: no such checkpoint"),
+    (chat, "base.npz --top_p=2", "--top_p 2.0: must be from 0 to 1")]
 
 
 def test_bad_input_gets_one_line_and_changes_nothing(folder):
-    for name, content in {"empty.txt": b"", "binary.txt": b"a\0b", "utf16.txt": "hi".encode("utf-16"), "short.txt": b"a",
-                          "bad.jsonl": b'{"text": "a", "instruction": "q", "response": "a"}\n{"text": 3}\n', "list.json": b'[{"instruction": "q", "response": "a"}, 3]'}.items():
-        (folder / name).write_bytes(content)
-    for name in ("odd", "foreign"):
+    """Every bad file in every place where a file can be named, and every number out of its range."""
+    for name, content in BAD_FILES.items():
+        if content is not None:
+            (folder / name).write_bytes(content)
+    (folder / "folder").mkdir()
+    (folder / "pair.jsonl").write_bytes(PAIR)
+    for name, file, content in [("odd", "train.bin", b"abc"), ("foreign", "tokenizer.json", b"{}"),
+                                ("beyond", "train.bin", b"\xff" * 200)]:
         shutil.copytree("data", name)
-    (folder / "odd/train.bin").write_bytes(b"abc")
-    (folder / "foreign/tokenizer.json").write_text("{}")
+        (folder / name / file).write_bytes(content)
     outcome(gpt.main, *SMALL, "--max_steps=1")
     shutil.copy("out/base.npz", "base.npz")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    for module, argv, message in BAD:
-        assert re.match(f"error: .*{re.escape(message)}", outcome(module.main, *argv)), (argv, outcome(module.main, *argv))
-    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    inputs = [(module, words.split(), message) for module, words, message in MESSAGES]
+    for name in BAD_FILES:
+        inputs += [(sft, [name, "--init=base.npz"], ""), (sft, ["--init=base.npz", f"--dpo={name}"], ""),
+                   (sft, ["pair.jsonl", "--init=base.npz", f"--eval={name}"], ""), (chat, [name, "--prompt=a"], ""),
+                   (gpt, [f"--init={name}"], ""), (gpt, [f"--data_dir={name}"], "")]
+        inputs += [(prepare, [name], "")] if not name.endswith(".json") else []  # as plain text they would do
+    for module, settings in [(prepare, prepare.Settings), (gpt, gpt.Config), (sft, sft.Config), (chat, chat.Config)]:
+        numbers = [f.name for f in dataclasses.fields(settings) if f.type in (int, float) and f.metadata]
+        inputs += [(module, [f"--{name}={value}"], name) for name in numbers for value in ("-1", "x", "", "nan", "1e400")]
+    for module, argv, message in inputs:
+        said = outcome(module.main, *argv)
+        assert re.match(f"error: .*{re.escape(message)}", said), (argv, said)
+    assert len(inputs) > 400 and before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     script = subprocess.run([sys.executable, gpt.__file__, "--n_layr=6"], capture_output=True, text=True)
     assert script.returncode == 2 and script.stderr.count("\n") == 1 and "Traceback" not in script.stderr
 
@@ -606,20 +631,66 @@ def test_a_device_that_fails_gets_advice_instead_of_a_traceback(folder, monkeypa
     assert re.match("error: .*UNIMPLEMENTED.*requirements.txt.*JAX_PLATFORMS=cpu", outcome(gpt.main, *SMALL))
 
 
-def test_a_damaged_checkpoint_is_refused_or_whole(folder):
+def flip(rounds):
+    """Flip a bit of a checkpoint or cut it off: it is refused, or all of its arrays are as they were."""
     outcome(gpt.main, *SMALL, "--max_steps=1")
-    whole, rng = (folder / "out/base.npz").read_bytes(), np.random.default_rng(0)
+    whole, rng, refused = Path("out/base.npz").read_bytes(), np.random.default_rng(0), 0
     expected = tree.leaves(gpt.load_checkpoint("out/base.npz")[0])
-    for i in range(100):
+    for i in range(rounds):
         damaged = bytearray(whole)
         if i % 2:
             del damaged[rng.integers(len(whole)):]
         else:
             damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
-        (folder / "damaged.npz").write_bytes(damaged)
-        with contextlib.suppress(InputError):
+        Path("damaged.npz").write_bytes(damaged)
+        try:
             for a, b in zip(tree.leaves(gpt.load_checkpoint("damaged.npz")[0]), expected):
                 np.testing.assert_array_equal(a, b)
+        except InputError:
+            refused += 1
+    print(f"{rounds} damaged checkpoints: {refused} refused, {rounds - refused} loaded whole, none wrong")
+
+
+def kill(rounds):
+    """Kill -9 a run at random moments, resume it each time: in the end the bits of a run that was left alone."""
+    run = [sys.executable, gpt.__file__, *SMALL, "--max_steps=200", "--save_every=1", "--out_dir"]
+    subprocess.run([*run, "whole"], check=True, capture_output=True)
+    killed, finished, rng = 0, 0, np.random.default_rng()
+    while killed < rounds or not finished:
+        if os.path.exists("parts/base.npz"):
+            gpt.load_checkpoint("parts/base.npz")  # whole, whenever the power fails
+        resume = ["--resume"] * os.path.exists("parts/base.npz")
+        process = subprocess.Popen([*run, "parts", *resume], stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(timeout=rng.uniform(1, 8) if killed < rounds else None) == 0
+            finished += 1
+            assert_same_checkpoint("whole/base.npz", "parts/base.npz")
+            rows = [[r.split(",")[:4] for r in Path(d, "log.csv").read_text().splitlines()] for d in ("whole", "parts")]
+            assert rows[0] == rows[1]
+            shutil.rmtree("parts")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    print(f"{killed} kills, {finished} runs finished, each to the same bits")
+
+
+def test_a_damaged_checkpoint_is_refused_or_whole(folder):
+    flip(100)
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(folder):
+    kill(3)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
+def test_a_full_disk_is_named_and_leaves_earlier_files_as_they_were(folder):
+    outcome(gpt.main, *SMALL, "--max_steps=1")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    full = ["sh", "-c", 'ulimit -f 16; exec "$@"', "sh"]  # no file may grow beyond 16 blocks
+    run = subprocess.run([*full, sys.executable, gpt.__file__, *SMALL], capture_output=True, text=True)
+    assert run.returncode == 2 and re.fullmatch("error: .*File too large.*\n", run.stderr)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_a_fresh_run_keeps_the_model_of_the_run_before(folder):
@@ -656,3 +727,10 @@ def test_the_built_in_corpus_never_tells_c_and_never_asks_about_b():
         if "new wording" in r["set"]:
             assert r["instruction"] not in seen
     assert prepare.built_in_corpus(0)[1] == train != prepare.built_in_corpus(1)[1]
+
+
+if __name__ == "__main__":  # python test_gpt.py kill 200, python test_gpt.py flip 1000: the long forms
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        Path("my.txt").write_text(TEXT)
+        prepare.main(["my.txt", "--vocab_size=300"])
+        {"kill": kill, "flip": flip}[sys.argv[1]](int(sys.argv[2]))
