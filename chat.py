@@ -4,7 +4,8 @@
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py      # one answer a line
 
-At the prompt: /help, /reset, /probs, /quit, and each setting by its name, such as /temperature 0.7. Ctrl-C stops an answer.
+At the prompt: /help, /reset, /probs, /quit, and each setting by its name, such as /temperature 0.7. Ctrl-C stops an
+answer.
 """
 import contextlib
 import dataclasses
@@ -46,8 +47,8 @@ def prompt_ids(turns, tokenizer, block_size, room=24):
 
 
 def reply(ids, params, generate, tokenizer, cfg, rng, seen):
-    """Ids of a prompt -> pieces of text as they are made, never half a character, nothing that steers a terminal. `seen`
-    gets (token, its probability, runner-up, its probability) for each."""
+    """Ids of a prompt -> pieces of text as they are made, never half a character, nothing that steers a terminal.
+    `seen` gets (token, its probability, runner-up, its probability) for each."""
     how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty)
 
     def choose(_, logits, history):

@@ -58,7 +58,7 @@ class Training:
     minutes: float = setting(0.0, "train for about so long: measures the speed, sets max_steps; 0 means off")
     learning_rate: float = setting(4e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it")
     warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps")
-    weight_decay: float = setting(0.1, "of matrices")
+    weight_decay: float = setting(0.3, "of matrices")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
     beta1: float = setting(0.9, "Adam's memory of the gradient", high=0.9999)
     beta2: float = setting(0.99, "Adam's memory of the squared gradient", high=0.999999)
@@ -111,7 +111,7 @@ def on_metal():
 
 def matmul(a, b, model):
     """a @ b in the model's dtype, the result in float32."""
-    return (a.astype(model.dtype) @ b.astype(model.dtype)).astype(jnp.float32)
+    return jnp.matmul(a.astype(model.dtype), b.astype(model.dtype), preferred_element_type=jnp.float32)
 
 
 def rows(table, ids):
@@ -148,9 +148,13 @@ def drop(x, model, key):
 
 def head(q, k, v, allowed, model):
     """One attention head: q (T, D), k and v (S, D), allowed (T, S) -> (T, D) (arXiv 1706.03762, eq. 1)."""
-    scores = matmul(q, k.swapaxes(-1, -2), model) / np.float32(math.sqrt(q.shape[-1]))
-    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e9), axis=-1)  # finite: -inf gives NaN on Metal
-    return matmul(weights, v, model)
+    scores = matmul(q / np.float32(math.sqrt(q.shape[-1])), k.swapaxes(-1, -2), model)
+    scores = jnp.where(allowed, scores, -1e9)  # finite: -inf gives NaN on Metal
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return matmul(weights, v, model) / weights.sum(-1, keepdims=True)  # softmax, divided last: D numbers, not S
+
+
+QUERIES = 128
 
 
 def attention(x, wqkv, wo, where, cache, model):
@@ -160,7 +164,12 @@ def attention(x, wqkv, wo, where, cache, model):
     q, k = rotate(q, where["cos"], where["sin"]), rotate(k, where["cos"], where["sin"])
     if cache is not None:  # one new token: put its key and value in their place among the old ones
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
-    y = jax.vmap(head, (0, 0, 0, None, None))(q, k, v, where["allowed"], model)
+    heads, S, y = jax.vmap(head, (0, 0, 0, None, None)), k.shape[1], []
+    for start in range(0, T, QUERIES):  # so many queries at a time see only the keys up to their own: half the work
+        end = min(start + QUERIES, T)
+        past = S - T + end
+        y.append(heads(q[:, start:end], k[:, :past], v[:, :past], where["allowed"][start:end, :past], model))
+    y = jnp.concatenate(y, axis=1)
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
 
@@ -634,6 +643,10 @@ def main(argv):
     print(f"{placements(cfg.batch_size)[0].mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters,"
           f" {tokens} tokens a step, {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
           f" expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
+    epochs = cfg.max_steps * tokens / len(ids)
+    if epochs > 10 and not cfg.minutes:
+        print(f"note: {cfg.max_steps} steps are {epochs:.0f} epochs, enough to learn so small a text by heart: watch"
+              " the validation loss; fewer --max_steps, --dropout 0.1 or a smaller --n_embd help")
     if not cfg.resume:
         state = new_state(state["params"])
         about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)

@@ -546,8 +546,9 @@ def main(argv):
     if seen["replaced"]:
         print(f"warning: {seen['replaced']} invalid UTF-8 sequences became U+FFFD")
     size, tokens = seen["bytes"], train_tokens + val_tokens
-    show_progress(f"{out_dir}: {seen['documents']} documents, {size / 1e6:.2f} MB, {train_tokens} + {val_tokens} tokens"
-                  f" ({size / tokens:.2f} bytes each), vocabulary {tokenizer.size}, {time.time() - started:.1f} s", True)
+    show_progress(f"{out_dir}: {seen['documents']} documents, {size / 1e6:.2f} MB, {train_tokens} + {val_tokens}"
+                  f" tokens ({size / tokens:.2f} bytes each), vocabulary {tokenizer.size},"
+                  f" {time.time() - started:.1f} s", last=True)
     if not s.inputs:
         for name, records in [("qa.jsonl", train), ("qa_test.jsonl", test)]:
             with whole_file(out_dir / name) as file:

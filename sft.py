@@ -168,6 +168,21 @@ def grade(params, model, tokenizer, records):
     return right, sum(ended) / max(1, len(ended))
 
 
+def log_probs(params, x, y, w, model):
+    """Log-probability of what is trained in each row: x, y, w (n, T) -> (n,)."""
+    losses = jax.vmap(functools.partial(gpt.token_losses, key=None, model=model), (None, 0, 0))(params, x, y)
+    return -(losses * w).sum(-1)
+
+
+def log_probs_of(params, rows, model, n=32):
+    """The same for any number of rows (..., 3, T) -> (...), in batches of a fixed size."""
+    compiled = jax.jit(functools.partial(log_probs, model=model))
+    flat = rows.reshape(-1, *rows.shape[-2:])
+    whole = np.resize(flat, (-(-len(flat) // n) * n, *flat.shape[1:]))
+    parts = [np.asarray(compiled(params, *whole[i:i + n].swapaxes(0, 1))) for i in range(0, len(whole), n)]
+    return np.concatenate(parts)[:len(flat)].reshape(rows.shape[:-2])
+
+
 def table(records, columns, by):
     """Print the percentage of right answers a group. columns: {name: list of bool}. The best constant guess always
     says the most frequent value of an attribute."""
@@ -229,12 +244,6 @@ def bold_answers(params, model, tokenizer, questions, seed, may_end=True):
     return answer_all(params, model, tokenizer, prompts, model.block_size // 2, choose)
 
 
-def log_probs(params, x, y, w, model):
-    """Log-probability of what is trained in each row: x, y, w (n, T) -> (n,)."""
-    losses = jax.vmap(functools.partial(gpt.token_losses, key=None, model=model), (None, 0, 0))(params, x, y)
-    return -(losses * w).sum(-1)
-
-
 def dpo_loss(params, batch, key, model, beta, anchor):
     """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w (n, 2, T), the chosen
     answer first, and the log-probabilities (n, 2) that the model before training gave them, the reference.
@@ -247,14 +256,6 @@ def dpo_loss(params, batch, key, model, beta, anchor):
     top = jax.lax.stop_gradient(reward.max(-1))
     losses = jnp.log(jnp.exp(reward - top[:, None]).sum(-1)) + top - reward[:, 0]
     return (losses - anchor * logp[:, 0] / w[:, 0].sum(-1)).sum(), np.float32(len(x))
-
-
-def reference_of(params, rows, model, n=32):
-    """Log-probabilities (N, 2) of rows (N, 2, 3, T), in batches of a fixed size."""
-    compiled = jax.jit(lambda params, x, y, w: log_probs(params, x, y, w, model))
-    flat = np.resize(rows.reshape(-1, *rows.shape[2:]), (-(-2 * len(rows) // n) * n, *rows.shape[2:]))
-    parts = [np.asarray(compiled(params, *flat[i:i + n].swapaxes(0, 1))) for i in range(0, len(flat), n)]
-    return np.concatenate(parts)[:2 * len(rows)].reshape(-1, 2)
 
 
 def prefer(cfg, given):
@@ -279,7 +280,7 @@ def prefer(cfg, given):
     if len(fit) < 2:
         raise InputError(f"{cfg.dpo or cfg.init}: fewer than two preferences that fit the context of {T} tokens")
     rows = np.array([[shift(*e, T) for e in examples[i]] for i in fit])
-    reference = reference_of(before, rows, model)
+    reference = log_probs_of(before, rows, model)
     if not cfg.resume:
         state, about = gpt.new_state(before), dict(was, kind="chat", step=0, seconds=0.0)
 
@@ -290,27 +291,25 @@ def prefer(cfg, given):
 
     def judge(params):
         """Loss, accuracy, margin and both rewards on the held-out preferences."""
-        reward = cfg.beta * (reference_of(params, rows[:held], model) - reference[:held])
+        reward = cfg.beta * (log_probs_of(params, rows[:held], model) - reference[:held])
         margin = reward[:, 0] - reward[:, 1]
         return np.logaddexp(0, -margin).mean(), 100 * (margin > 0).mean(), margin.mean(), *reward.mean(0)
 
     objective = functools.partial(dpo_loss, model=model, beta=cfg.beta, anchor=cfg.anchor)
     validate = lambda params: (float(judge(params)[0]), "")
     state = gpt.train(cfg, state, about, objective, batch_at, validate, path, log_path, lambda params: None)
-    names = ["DPO loss, held out", "chosen preferred, %", "margin", "reward of the chosen", "reward of the rejected"]
-    lines = list(zip(names, judge(before), judge(state["params"])))
-    questions, right = [preferences[i][0] for i in fit[:held]], [preferences[i][1] for i in fit[:held]]
-    said = [bold_answers(p, model, tokenizer, questions, cfg.seed + 1) for p in (before, state["params"])]
-    lines += [(f"chosen answer given, sampled at {BOLD}, %", *(100 * np.mean([text == r for (text, *_), r in zip(s, right)])
-                                                               for s in said)),
-              ("tokens an answer", *(np.mean([n for _, n, _ in s]) for s in said))]
+    names = ["DPO loss, held out", "chosen preferred, %", "margin", "reward of the chosen", "reward of the rejected",
+             f"chosen answer given, sampled at {BOLD}, %", "tokens an answer, sampled", "test answers right, %"]
     test = read_test(cfg.eval) if cfg.eval else [] if cfg.dpo else read_test(data_dir / "qa_test.jsonl")
     test = [r for r in test if r.get("set", "B").startswith("B")]
-    if test:
-        lines.append(("test answers about B right, %",
-                      *(100 * np.mean(grade(p, model, tokenizer, test)[0]) for p in (before, state["params"]))))
+    columns = []
+    for params in (before, state["params"]):
+        said = bold_answers(params, model, tokenizer, [preferences[i][0] for i in fit[:held]], cfg.seed + 1)
+        same = [text == preferences[i][1] for i, (text, *_) in zip(fit, said)]
+        right = [100 * np.mean(grade(params, model, tokenizer, test)[0])] if test else []
+        columns.append([*judge(params), 100 * np.mean(same), np.mean([n for _, n, _ in said]), *right])
     print(f"{'':<44}{'before':>10}{'after':>10}")
-    for name, *values in lines:
+    for name, *values in zip(names, *columns):
         print(f"{name:<44}" + "".join(f"{value:>10.3f}" for value in values))
     print(f"checkpoint: {path}\nnext: python chat.py {path}")
 
@@ -372,6 +371,9 @@ def main(argv):
     if cfg.show:
         return print("\n".join(show(*example, tokenizer) for example in examples[:cfg.show]))
     rows = np.stack([shift(*example, T) for example in examples])
+    held = rows[:len(rows) // 20 * bool(cfg.pairs)]  # a part of your own examples is kept to measure with
+    rows = rows[len(held):]
+    nats = lambda params: -log_probs_of(params, held, model).sum() / held[:, 2].sum()
     replay, validate, source = None, None, data_dir / "tokenizer.json"
     if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
         replay = gpt.load_tokens(data_dir / "train.bin", tokenizer, T + 1)
@@ -389,9 +391,13 @@ def main(argv):
         about = dict(about, kind="chat", step=0, seconds=0.0)
     print(f"{len(rows)} examples, {rows[:, 2].sum()} trained tokens,"
           f" {len(rows) / (cfg.batch_size * (1 - cfg.replay)):.0f} steps an epoch")
+    if len(held):
+        print(f"{len(held)} examples held out, loss of their answers {nats(state['params']):.3f}")
     batch_at = functools.partial(mixed_batch, rows, replay, cfg.batch_size, cfg.replay, T, cfg.seed)
     objective = functools.partial(gpt.loss, model=model)
     state = gpt.train(cfg, state, about, objective, batch_at, validate, path, log_path, lambda params: None)
+    if len(held):
+        print(f"loss of the held-out answers after training: {nats(state['params']):.3f}")
     if test:
         columns["after"], ended = grade(state["params"], model, tokenizer, test)
         table(test, columns, "set")
