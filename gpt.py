@@ -483,14 +483,13 @@ def sum_up(log_path, width=64, height=8):
     return len(seen) - 1 - int(np.argmin(seen)) if seen else 0
 
 
-def open_log(path, step):
-    """log.csv, to be written on from `step`: rows beyond it, of a run that was cut off, go."""
-    lines = path.read_text().splitlines()[1:] if step and path.exists() else []
-    lines = [line for line in lines if int(line.split(",")[0]) <= step]
+def begin_log(path, step):
+    """Make log.csv ready to be written on from `step`: rows beyond it, of a run that was cut off, go."""
+    lines = path.read_text(errors="replace").splitlines() if step and path.exists() else []
+    lines = [line for line in lines if line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= step]
     with whole_file(path) as file:
         header = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
         file.write("".join(f"{line}\n" for line in [header, *lines]).encode())
-    return open(path, "a", buffering=1)
 
 
 def keep_previous(*paths):
@@ -545,7 +544,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
         os.replace(begun, path)
     handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
-    log, busy, first, since = open_log(log_path, done), 0.0, done, done
+    begin_log(log_path, done)
+    busy, first, since = 0.0, done, done
     while done < cfg.max_steps and not stop:
         t = time.time()
         state, value = step(state, batches, rates(done, cfg))
@@ -556,7 +556,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         if done == first + 1:
             started = time.time()  # the first step also compiled: the time left is reckoned from here
         if not math.isfinite(value):
-            raise InputError(f"step {done}: the loss is {value}; {path} is from before; try a smaller --learning_rate")
+            raise InputError(f"step {done}: the loss is {value}; {path} is from before, --init takes it;"
+                             " try a smaller --learning_rate")
         last, seen = done == cfg.max_steps or bool(stop), ("", "")
         due = lambda every: every > 0 and (done % every == 0 or done == cfg.max_steps)
         if validate and due(cfg.eval_every):
@@ -567,7 +568,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         if due(cfg.log_every) or done == 1 or last or seen[0]:
             speed = (done - since) * sum(batch[0].size for batch, _ in batches) / busy
             cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), time.time() - began]
-            log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
+            with open(log_path, "a") as log:
+                log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
             validation = f"validation {seen[0]:.3f}  " if seen[0] else ""
             pace = f"{speed:.0f} tokens/s  {time_left(started, done - first - 1, cfg.max_steps - first - 1)}"
             show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{pace}",
@@ -577,7 +579,6 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             save(path)
         if due(cfg.sample_every) and not last:
             show_sample(state["params"])
-    log.close()
     for s, handler in handlers:
         signal.signal(s, handler)
     if stop:

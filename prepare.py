@@ -279,7 +279,7 @@ def read_lines(path, seen=None, max_bytes=math.inf):
     before, number, piped = seen["on disk"], 0, contextlib.nullcontext(sys.stdin.buffer)
     try:
         with piped if path == "-" else open(path, "rb") as disk, unpack(disk) as file:
-            while seen["bytes"] < max_bytes and (raw := file.readline(64 * PIECE)):
+            while seen["bytes"] < max_bytes and (raw := file.readline(16 * PIECE)):
                 number += 1
                 if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                     raise InputError(f"{source}:{number}: UTF-16 text; save it as UTF-8 first")
@@ -339,7 +339,7 @@ def in_groups(lines):
     for a worker. A document is cut only before a line that begins with a letter: no token would cross that border."""
     group, held, length = [], [], 0
     for line, ends in lines:
-        if length >= PIECE and (not held or line[:1].isalpha() or length >= 64 * PIECE):
+        if length >= PIECE and (not held or line[:1].isalpha() or length >= 16 * PIECE):
             yield group + [("".join(held), False)]
             group, held, length = [], [], 0
         held.append(line)

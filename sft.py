@@ -196,7 +196,7 @@ def table(records, columns, by):
             values[records[i].get("attribute")][records[i].get("value", records[i]["response"])] += 1
         guess = sum(max(c.values()) for c in values.values()) / len(members)
         percent = [f"{100 * sum(right[i] for i in members) / len(members):>20.1f}" for right in columns.values()]
-        print(f"{name:<24}{len(members):>10}{''.join(percent)}{100 * guess:>22.1f}")
+        print(f"{prepare.printable(str(name)):<24}{len(members):>10}{''.join(percent)}{100 * guess:>22.1f}")
 
 
 def read_test(path):

@@ -629,7 +629,8 @@ MESSAGES = [
     (gpt, "--learning_rate=nan", "--learning_rate nan: must be"), (gpt, "--block_size=5000", "5001 needed"),
     (gpt, "--data_dir=odd", "odd length"), (gpt, "--data_dir=foreign", "not a tokenizer"),
     (gpt, "--data_dir=beyond", "beyond the vocabulary"), (gpt, "--init=my.txt", "my.txt: not a whole checkpoint"),
-    (gpt, "--init=base.npz --n_layer=2", "was begun with 1"), (gpt, "--resume --out_dir=nowhere", "no such checkpoint"),
+    (gpt, "--init=base.npz --n_layer=2", "was begun with 1"), (gpt, "--init=base.npz --data_dir=other", "vocabulary"),
+    (gpt, "--resume --out_dir=nowhere", "no such checkpoint"),
     (sft, "second.jsonl --init=base.npz", "second.jsonl:2: "),
     (sft, "list.json --init=base.npz", "list.json: record 2"),
     (sft, "--dpo=pair.jsonl --init=base.npz", "pair.jsonl:1: needs"), (chat, "none.npz", "no such checkpoint"),
@@ -649,6 +650,7 @@ def test_bad_input_gets_one_line_and_changes_nothing(folder):
         (folder / name / file).write_bytes(content)
     outcome(gpt.main, *SMALL, "--max_steps=1")
     shutil.copy("out/base.npz", "base.npz")
+    outcome(prepare.main, "my.txt", "--vocab_size=270", "--out_dir=other")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     inputs = [(module, words.split(), message) for module, words, message in MESSAGES]
     for name in BAD_FILES:
@@ -725,6 +727,21 @@ def test_a_damaged_checkpoint_is_refused_or_whole(folder):
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(folder):
     kill(2)
+
+
+def test_a_loss_that_is_not_finite_and_a_folder_that_vanishes_stop_the_run(folder, monkeypatch):
+    wild = ["--learning_rate=1e17", "--grad_clip=0", "--warmup=0", "--save_every=1"]
+    assert "--learning_rate" in outcome(gpt.main, *SMALL, *wild)
+    gpt.load_checkpoint("out/base.npz")  # finite still
+    make = gpt.random_batch
+
+    def vanish(*args):
+        if args[-1] == 3:
+            shutil.rmtree("out")
+        return make(*args)
+
+    monkeypatch.setattr(gpt, "random_batch", vanish)
+    assert re.match("error: out/log.csv: No such file", outcome(gpt.main, *SMALL, "--eval_every=0"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs ulimit")
