@@ -331,7 +331,7 @@ class Config(gpt.Training):
     anchor: float = setting(1.0, "DPO: weight of the plain loss on the chosen answer")
     batch_size: int = setting(32, "rows in a micro-batch", low=1, high=1 << 20)
     max_steps: int = setting(600, "optimiser steps [with --dpo: 60]", low=1)
-    learning_rate: float = setting(2e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it [--dpo: 5e-5]")
+    learning_rate: float = setting(2e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it [--dpo: 3e-5]")
 
 
 def inherited(cfg, given):
@@ -353,8 +353,9 @@ def read_examples(paths, tokenizer, T):
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     if cfg.dpo is not None:
-        unset = {"max_steps": 60, "learning_rate": 5e-5, "eval_every": 20}
-        return prefer(dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given}), given)
+        unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
+        cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
+        return prefer(cfg, given if cfg.dpo else given - {"dpo"})
     out_dir, data_dir = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir)
     path, log_path, base = out_dir / "chat.npz", out_dir / "log_sft.csv", pathlib.Path(cfg.init or out_dir / "base.npz")
     only_test = bool(cfg.eval) and not cfg.pairs and path.exists() and not cfg.init
