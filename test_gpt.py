@@ -375,7 +375,7 @@ BASE = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=48", "--dropou
         "--batch_size=4", "--grad_accum=2", "--max_steps=100", "--eval_every=50", "--log_every=1"]
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4"]
 CHAT = ["pairs.json", "--batch_size=8", "--max_steps=100", "--eval_every=50", "--log_every=1", "--learning_rate=0.01"]
-DPO = ["--dpo=prefs.json", "--max_steps=12", "--batch_size=4", "--eval_every=5"]
+DPO = ["--dpo=prefs.json", "--max_steps=12", "--batch_size=4", "--eval_every=5", "--log_every=1"]
 cells = lambda path: [line.split(",") for line in Path(path).read_text().splitlines()]
 
 
