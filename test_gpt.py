@@ -551,17 +551,20 @@ def test_a_damaged_checkpoint_is_refused_or_whole(printed):
 
 
 def kill(rounds):
-    """Kill -9 a run at random moments, resume it each time: in the end the bits of a run that was left alone."""
-    run = [sys.executable, gpt.__file__, *TINY, "--max_steps=100", "--save_every=1", "--eval_every=7", "--out_dir"]
+    """Kill -9 a run, every other time while it trains, and resume it: in the end the bits of a run left alone."""
+    run = [sys.executable, gpt.__file__, *TINY, "--max_steps=300", "--save_every=1", "--eval_every=7", "--out_dir"]
     subprocess.run([*run, "whole"], check=True, capture_output=True)
-    killed, finished, rng = 0, 0, np.random.default_rng()
+    killed, finished, steps, rng = 0, 0, set(), np.random.default_rng()
+    rows = lambda: len(cells("parts/log.csv")) if os.path.exists("parts/log.csv") else 0
     while killed < rounds or not finished:
         resume = ["--resume"] * os.path.exists("parts/base.npz")
         if resume:
-            gpt.load_checkpoint("parts/base.npz")  # whole, whenever the power fails
-        process = subprocess.Popen([*run, "parts", *resume], stdout=subprocess.DEVNULL)
+            steps.add(gpt.load_checkpoint("parts/base.npz")[1]["step"])  # whole, whenever the power fails
+        before, process = rows(), subprocess.Popen([*run, "parts", *resume], stdout=subprocess.DEVNULL)
+        while killed % 2 and process.poll() is None and rows() == before:
+            time.sleep(0.01)
         try:
-            assert process.wait(timeout=rng.uniform(1, 6) if killed < rounds else None) == 0
+            assert process.wait(timeout=rng.uniform(0, 1 if killed % 2 else 5) if killed < rounds else None) == 0
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -572,7 +575,7 @@ def kill(rounds):
         whole, parts = ([row[:4] for row in cells(f"{d}/log.csv")] for d in ("whole", "parts"))
         assert whole == parts
         shutil.rmtree("parts")
-    print(f"{killed} kills, {finished} runs finished, each to the same bits")
+    print(f"{killed} kills, resumed from {len(steps)} different steps; {finished} runs finished, each to the same bits")
 
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(printed):
