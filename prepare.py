@@ -151,7 +151,7 @@ def merge(ids, pair, new):
 
 def fitting_vocabulary(words):
     """A size in proportion to the text: a token that is hardly ever seen is hardly learned."""
-    return max(FIRST_MERGE, min(1 << 15, round(math.sqrt(sum(len(w) * n for w, n in words.items())) / 2)))
+    return max(384, min(1 << 15, round(math.sqrt(sum(len(w) * n for w, n in words.items())) / 2)))
 
 
 def train_bpe(words, vocab_size):
@@ -291,8 +291,6 @@ def read_lines(path, seen=None, max_bytes=math.inf):
                 yield line, f"{source}:{number}"
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise InputError(f"{source}: damaged compressed file ({e})") from None
-    if not number and not seen["bytes"]:
-        raise InputError(f"{source}: empty; give it some text")
 
 
 def files_in(paths):
@@ -310,7 +308,9 @@ def files_in(paths):
 def read_documents(paths, seen, max_bytes=math.inf):
     """Files -> (line of a document, whether the document ends there); a JSON line is a document of its own."""
     for path in paths:
-        json_lines = ".jsonl" in pathlib.Path(path).suffixes[-2:]
+        before, json_lines = seen["bytes"], ".jsonl" in pathlib.Path(path).suffixes[-2:]
+        if before >= max_bytes:
+            return
         for line, source in read_lines(path, seen, max_bytes):
             json_lines = json_lines or (path == "-" and source.endswith("t:1") and line.startswith('{"'))
             if not json_lines:
@@ -318,9 +318,13 @@ def read_documents(paths, seen, max_bytes=math.inf):
             elif line.strip():
                 yield json_text(line, source), True
                 seen["documents"] += 1
-        if not json_lines:
+        if seen["bytes"] == before:
+            seen["empty"] += 1
+        elif not json_lines:
             yield "", True
             seen["documents"] += 1
+    if not seen["bytes"]:
+        raise InputError(f"{path}: empty; give it some text")
 
 
 def json_text(line, source):
@@ -545,6 +549,8 @@ def main(argv):
     tokenizer, train_tokens, val_tokens = write_tokens(lines, vocab_size, s.val_fraction, out_dir, progress)
     if seen["replaced"]:
         print(f"warning: {seen['replaced']} invalid UTF-8 sequences became U+FFFD")
+    if seen["empty"]:
+        print(f"left out: {seen['empty']} empty file(s)")
     size, tokens = seen["bytes"], train_tokens + val_tokens
     show_progress(f"{out_dir}: {seen['documents']} documents, {size / 1e6:.2f} MB, {train_tokens} + {val_tokens}"
                   f" tokens ({size / tokens:.2f} bytes each), vocabulary {tokenizer.size},"
