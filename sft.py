@@ -331,7 +331,6 @@ class Config(gpt.Training):
     anchor: float = setting(1.0, "DPO: weight of the plain loss on the chosen answer")
     batch_size: int = setting(32, "rows in a micro-batch", low=1, high=1 << 20)
     max_steps: int = setting(600, "optimiser steps [with --dpo: 60]", low=1)
-    weight_decay: float = setting(0.1, "of matrices")
     learning_rate: float = setting(2e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it [--dpo: 3e-5]")
 
 
