@@ -174,12 +174,15 @@ def log_probs(params, x, y, w, model):
     return -(losses * w).sum(-1)
 
 
+compiled_log_probs = jax.jit(log_probs, static_argnames="model")
+
+
 def log_probs_of(params, rows, model, n=32):
     """The same for any number of rows (..., 3, T) -> (...), in batches of a fixed size."""
-    compiled = jax.jit(functools.partial(log_probs, model=model))
     flat = rows.reshape(-1, *rows.shape[-2:])
     whole = np.resize(flat, (-(-len(flat) // n) * n, *flat.shape[1:]))
-    parts = [np.asarray(compiled(params, *whole[i:i + n].swapaxes(0, 1))) for i in range(0, len(whole), n)]
+    batches = [whole[i:i + n].swapaxes(0, 1) for i in range(0, len(whole), n)]
+    parts = [np.asarray(compiled_log_probs(params, *batch, model=model)) for batch in batches]
     return np.concatenate(parts)[:len(flat)].reshape(rows.shape[:-2])
 
 
@@ -272,6 +275,8 @@ def prefer(cfg, given):
     before = before["params"]
     preferences = (read_preferences(cfg.dpo) if cfg.dpo else
                    own_preferences(before, model, tokenizer, data_dir / "qa.jsonl", cfg.seed))
+    test = read_test(cfg.eval) if cfg.eval else [] if cfg.dpo else read_test(data_dir / "qa_test.jsonl")
+    test = [r for r in test if str(r.get("set", "B")).startswith("B")]
     T = model.block_size
     examples = [[render([q, answer], tokenizer) for answer in answers] for q, *answers in preferences]
     fit = [i for i, pair in enumerate(examples) if all(len(ids) <= T for ids, _ in pair)]
@@ -300,8 +305,6 @@ def prefer(cfg, given):
     state = gpt.train(cfg, state, about, objective, batch_at, validate, path, log_path, lambda params: None)
     names = ["DPO loss, held out", "chosen preferred, %", "margin", "reward of the chosen", "reward of the rejected",
              f"chosen answer given, sampled at {BOLD}, %", "tokens an answer, sampled", "test answers right, %"]
-    test = read_test(cfg.eval) if cfg.eval else [] if cfg.dpo else read_test(data_dir / "qa_test.jsonl")
-    test = [r for r in test if r.get("set", "B").startswith("B")]
     columns = []
     for params in (before, state["params"]):
         said = bold_answers(params, model, tokenizer, [preferences[i][0] for i in fit[:held]], cfg.seed + 1)
@@ -407,7 +410,7 @@ def main(argv):
         if hard:
             print("\nB, new wording:")
             table([test[i] for i in hard], {"after": [columns["after"][i] for i in hard]}, "attribute")
-    print(f"checkpoint: {path}\nnext: python chat.py")
+    print(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 
 if __name__ == "__main__":
