@@ -413,9 +413,12 @@ def test_inputs_of_all_kinds_give_the_tokens_of_their_texts(printed, monkeypatch
     tokenizer = Tokenizer.load("data/tokenizer.json")
     ids = np.concatenate([np.fromfile(f"data/{name}.bin", "<u2") for name in ("train", "val")])
     assert ids.tolist() == [i for text in DOCUMENTS for i in tokenizer.encode(text) + [END]]
-    monkeypatch.setattr(prepare, "PIECE", 40)  # texts cut into jobs for the workers have the same tokens
-    groups = list(prepare.in_groups(prepare.read_documents(prepare.files_in(["in"]), Counter())))
-    assert len(groups) > 9 and ids.tolist() == [i for g in groups for i in prepare.encode_group(g, tokenizer)]
+    monkeypatch.setattr(prepare, "PIECE", 40)  # a text cut into jobs for the workers has the same tokens
+    lines = ["the cat.\n", "\n", "  a mat\n"] * 40
+    groups = list(prepare.in_groups([*((line, False) for line in lines), ("", True)]))
+    tokenizer = tokenizer_of("".join(lines))
+    cut = [i for group in groups for i in prepare.encode_group(group, tokenizer)]
+    assert len(groups) > 9 and cut == [*tokenizer.encode("".join(lines)), END]
 
 
 def test_the_road_from_text_to_answers(printed):
