@@ -4,7 +4,7 @@
     python sft.py mine.jsonl --init out/base.npz --eval held_out.jsonl
     python sft.py --show 3                    # three examples, the trained tokens in colour, then stop
     python sft.py --eval questions.jsonl      # no training: how many answers of out/chat.npz are right
-    python sft.py --dpo                       # right answers against its own wrong ones, out/chat.npz -> out/dpo.npz
+    python sft.py --dpo                       # right answers against its own rambling, out/chat.npz -> out/dpo.npz
 
 Pretraining gave the model its knowledge; here it learns the manner. The step is that of gpt.py, but only the tokens
 of answers have weight. Reading order: reading files, rendering, batches, evaluation, preferences (DPO), main.
@@ -216,7 +216,7 @@ def read_test(path):
 
 # ---------------------------------------------------------------- preferences (DPO)
 
-BOLD = 1.2  # temperature at which the model is sampled to hear its mistakes
+BOLD = 1.2  # temperature at which the model is sampled, so that it does not always say the same
 
 
 def read_preferences(path):
