@@ -12,6 +12,7 @@ Reading order: settings, parameters, layers, model, loss, optimiser, step, data,
 import csv
 import dataclasses
 import functools
+import inspect
 import json
 import math
 import os
@@ -34,6 +35,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---------------------------------------------------------------- settings
@@ -71,15 +73,20 @@ class Training:
     data_dir: str = setting("data", "folder with train.bin, val.bin and tokenizer.json")
     out_dir: str = setting("out", "folder for checkpoints and log.csv")
     resume: bool = setting(False, "go on from the last checkpoint in out_dir")
+    shard_params: bool = setting(False, "split parameters and Adam's moments over the devices, not a copy on each")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training, Model):
     init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
+    coordinator: str = setting("", "several hosts: address of process 0 (SLURM and Cloud TPU need none)",
+                               metavar="HOST:PORT")
+    num_processes: int = setting(1, "several hosts: how many processes there are", low=1)
+    process_id: int = setting(0, "several hosts: which of them this one is, from 0")
 
 
-MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every", "sample_every",
-              "data_dir", "out_dir", "resume"}
+MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every", "sample_every", "data_dir",
+              "out_dir", "resume", "shard_params", "coordinator", "num_processes", "process_id"}
 
 # ---------------------------------------------------------------- parameters
 
@@ -157,6 +164,12 @@ def head(q, k, v, allowed, model):
 QUERIES = 128
 
 
+def cudnn_can(model):
+    """Whether cuDNN's fused attention fits: an NVIDIA GPU, bfloat16, heads of a size that it knows."""
+    size = model.n_embd // model.n_head
+    return "NVIDIA" in jax.devices()[0].device_kind and model.dtype == "bfloat16" and size <= 128 and size % 8 == 0
+
+
 def attention(x, wqkv, wo, where, cache, model):
     """(T, C) -> (T, C), and the keys and values (H, S, D) that later tokens will look at."""
     T, C = x.shape
@@ -165,6 +178,10 @@ def attention(x, wqkv, wo, where, cache, model):
     if cache is not None:  # one new token: put its key and value in their place among the old ones
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
     heads, S, y = jax.vmap(head, (0, 0, 0, None, None)), k.shape[1], []
+    if cache is None and cudnn_can(model):
+        q, k, v = (z.transpose(1, 0, 2).astype(model.dtype) for z in (q, k, v))
+        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(T, C)
+        return matmul(y, wo, model), tuple(z.transpose(1, 0, 2).astype(np.float32) for z in (k, v))
     for start in range(0, T, QUERIES):  # so many queries at a time see only the keys up to their own: half the work
         end = min(start + QUERIES, T)
         past = S - T + end
@@ -274,26 +291,51 @@ def new_state(params):
 # ---------------------------------------------------------------- step
 
 
-def placements(batch_size):
+def placements(batch_size, devices=None):
     """Where arrays live: (one copy on each device, split over the devices along the first axis). As many devices as
     divide the batch; jit sees the placement and adds what the devices must tell each other."""
-    n = max(n for n in range(1, jax.device_count() + 1) if batch_size % n == 0)
-    mesh = Mesh(np.array(jax.devices()[:n]), ("data",))
+    devices = devices or jax.devices()
+    n = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+    mesh = Mesh(np.array(devices[:n]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
+
+
+def homes(state, cfg):
+    """Where each array of the state lives between steps: whole on every device, or with --shard_params split along the
+    first axis that the devices divide (ZeRO, arXiv 1910.02054)."""
+    whole, _ = placements(cfg.batch_size)
+    n = whole.mesh.size
+
+    def home(a):
+        axis = next((i for i, size in enumerate(a.shape) if cfg.shard_params and size % n == 0), a.ndim)
+        return NamedSharding(whole.mesh, PartitionSpec(*[None] * axis, *["data"] * (axis < a.ndim)))
+
+    return jax.tree.map(home, state)
+
+
+def put(array, placement):
+    """An array onto the devices; where other processes hold some of them, each process fills its own."""
+    return jax.make_array_from_callback(np.shape(array), placement, lambda part: np.asarray(array)[part])
 
 
 def make_step(objective, cfg):
     """objective(params, batch, key) -> (sum, count) becomes step(state, [(batch, key), ...], rates) -> (state, loss):
     sums and counts of the micro-batches are added up and divided once, so their sizes do not matter."""
 
+    def constrain(tree, placement):
+        return jax.lax.with_sharding_constraint(tree, placement) if cfg.shard_params else tree
+
     def add(sums, params, batch, key):
+        params = constrain(params, placements(cfg.batch_size)[0])  # gathered for the two passes
         (total, count), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
+        grads = constrain(grads, homes(grads, cfg))
         return jax.tree.map(jnp.add, sums, (grads, total, count)) if sums else (grads, total, count)
 
     def finish(sums, state, batch, key, rates):
         grads, total, count = add(sums, state["params"], batch, key)
         count = jnp.maximum(count, 1)
-        return adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg), total / count
+        state = adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg)
+        return constrain(state, homes(state, cfg)), total / count
 
     add_compiled = jax.jit(add)
     finish_compiled = functools.partial(jax.jit, **({} if on_metal() else dict(donate_argnums=1)))(finish)
@@ -346,7 +388,7 @@ def make_validation(ids, tokenizer, model, cfg):
     total = jax.jit(lambda params, batch: loss(params, batch, None, dataclasses.replace(model, dropout=0.0))[0])
 
     def validate(params):
-        nats = sum(float(total(params, jax.device_put(batch, placed))) for batch in batches)
+        nats = sum(float(total(params, [put(a, placed) for a in batch])) for batch in batches)
         return nats / tokens, nats / math.log(2) / max(1, size)
 
     return validate
@@ -387,7 +429,7 @@ def make_generator(model):
     def generate(params, prompts, choose, max_new_tokens):
         rows, alive = [list(p) for p in prompts], [True] * len(prompts)
         start, cache = [max(0, len(r) - T) for r in rows], None  # where the window of each row begins
-        whole, placed = placements(len(rows))
+        whole, placed = placements(len(rows), jax.local_devices())
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
             if cache is None or any(len(r) - s > T for r, s in zip(rows, start)):
@@ -396,7 +438,7 @@ def make_generator(model):
             else:
                 tokens = [r[-1] for r in rows]
             at = [len(r) - s - 1 for r, s in zip(rows, start)]
-            tokens, at = jax.device_put((np.array(tokens, np.int32), np.array(at, np.int32)), placed)
+            tokens, at = (put(np.array(a, np.int32), placed) for a in (tokens, at))
             logits, cache = advance(params, tokens, at, cache) if cache else prefill(params, tokens, at)
             new = []
             for i, row in enumerate(np.asarray(logits)[:, 0]):
@@ -515,6 +557,7 @@ def steps_in(cfg, state, step, batches, validate):
         validate(state["params"])
         seconds += (time.time() - t) / cfg.eval_every
     steps = max(1, int((60 * cfg.minutes - (time.time() - times[0])) / seconds))
+    steps = int(multihost_utils.broadcast_one_to_all(np.int32(steps)))  # process 0 decides
     print(f"{1000 * seconds:.0f} ms a step: {steps} steps in {cfg.minutes:g} minutes")
     return steps
 
@@ -523,28 +566,36 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of (seed, step).
 
     batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
-    placed, split = placements(cfg.batch_size)
+    whole, split = placements(cfg.batch_size)
     step, done, stop, best = make_step(objective, cfg), about["step"], [], path.with_name("best.npz")
+    writes, several = jax.process_index() == 0, jax.process_count() > 1
+    gather = jax.jit(lambda a: a, out_shardings=whole)
+    fetch = lambda tree: jax.tree.map(lambda a: np.asarray(a if a.is_fully_replicated else gather(a)), tree)
 
     def batches_of(step):
         numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
-        return [(jax.device_put(batch_at(n), split), np.array([cfg.seed, n], np.uint32)) for n in numbers]
+        return [([put(a, split) for a in batch_at(n)], np.array([cfg.seed, n], np.uint32)) for n in numbers]
 
     def save(path):
         about.update(config=dataclasses.asdict(cfg), step=done, seconds=time.time() - began)
-        save_checkpoint(path, state, about)
+        whole_state = fetch(state)
+        if writes:
+            save_checkpoint(path, whole_state, about)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    batches, began = batches_of(done), time.time() - about["seconds"]
+    batches, began, place = batches_of(done), time.time() - about["seconds"], homes(state, cfg)
     if cfg.minutes and not done:
-        cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, jax.device_put(state, placed), step, batches, validate))
-    state = jax.device_put(state, placed)
+        used_up = jax.tree.map(put, state, place)
+        cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, used_up, step, batches, validate))
+    state = jax.tree.map(put, state, place)
     if not done:
         save(begun := path.with_name("begun.npz"))  # a folder that cannot be written fails now, nothing touched
-        keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
-        os.replace(begun, path)
+    if writes:
+        if not done:
+            keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
+            os.replace(begun, path)
+        begin_log(log_path, done)
     handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
-    begin_log(log_path, done)
     busy, first, since = 0.0, done, done
     while done < cfg.max_steps and not stop:
         t = time.time()
@@ -553,6 +604,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         batches = batches_of(done)  # made while the device works
         value = float(value)  # waits: two steps in flight on virtual CPU devices can block each other
         busy += time.time() - t
+        if several and multihost_utils.process_allgather(np.array(len(stop))).any():
+            stop.append(True)  # they all stop after the same step
         if done == first + 1:
             started = time.time()  # the first step also compiled: the time left is reckoned from here
         if not math.isfinite(value):
@@ -568,7 +621,7 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         if due(cfg.log_every) or done == 1 or last or seen[0]:
             speed = (done - since) * sum(batch[0].size for batch, _ in batches) / busy
             cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), time.time() - began]
-            with open(log_path, "a") as log:
+            with open(log_path if writes else os.devnull, "a") as log:
                 log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
             validation = f"validation {seen[0]:.3f}  " if seen[0] else ""
             pace = f"{speed:.0f} tokens/s  {time_left(started, done - first - 1, cfg.max_steps - first - 1)}"
@@ -578,7 +631,7 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         if last or due(cfg.save_every):
             save(path)
         if due(cfg.sample_every) and not last:
-            show_sample(state["params"])
+            show_sample(fetch(state["params"]))
     for s, handler in handlers:
         signal.signal(s, handler)
     if stop:
@@ -586,13 +639,13 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         where = "" if cfg.out_dir == "out" else f" --out_dir {cfg.out_dir}"
         print(f"interrupted at step {done}, saved in {path}; go on with: python {script} --resume{where}")
         sys.exit(130)
-    rising = sum_up(log_path)
+    rising = sum_up(log_path) if writes else 0
     if about["kind"] == "base" and rising:
         print(f"validation loss has risen for {rising} evaluation(s), the model begins to learn its text by heart;"
               f" best checkpoint: {best} (more text, fewer steps or --dropout help)")
-    elif about["kind"] == "base":
+    elif about["kind"] == "base" and writes:
         best.unlink(missing_ok=True)  # the same as the last one
-    return jax.device_get(state)
+    return fetch(state)
 
 
 # ---------------------------------------------------------------- main
@@ -612,8 +665,28 @@ def resume_config(cfg, given, saved, path):
     return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given | {"resume", "out_dir"}})
 
 
+def join(cfg):
+    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all it needs. Only process 0
+    prints and writes files; out_dir and data_dir must be folders that all of them see."""
+    cluster = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" in os.environ
+    if cfg.coordinator or cluster or "TPU_ML_PLATFORM" in os.environ:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        options = {"heartbeat_timeout_seconds": 40}  # older versions of jax notice a silent host after 100 s
+        options = options if options.keys() & inspect.signature(jax.distributed.initialize).parameters else {}
+        if cfg.coordinator:
+            options.update(coordinator_address=cfg.coordinator, num_processes=cfg.num_processes, process_id=cfg.process_id)
+        try:
+            jax.distributed.initialize(**options)
+        except (ValueError, IndexError) as e:
+            raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below --num_processes ({e})"
+                             ) from None
+        if jax.process_index():
+            sys.stdout = open(os.devnull, "w")
+
+
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
+    join(cfg)
     path, log_path = (pathlib.Path(cfg.out_dir) / name for name in ("base.npz", "log.csv"))
     start = path if cfg.resume else cfg.init
     if start:
@@ -622,7 +695,9 @@ def main(argv):
     if cfg.resume:
         cfg = resume_config(cfg, given, about["config"], path)
     data_dir = pathlib.Path(cfg.data_dir)
-    if "data_dir" not in given and not (data_dir / "train.bin").exists():
+    if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
+        raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the {jax.device_count()} devices")
+    if "data_dir" not in given and jax.process_count() == 1 and not (data_dir / "train.bin").exists():
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main(["--out_dir", str(data_dir)])
     data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
@@ -661,7 +736,13 @@ def main(argv):
         print(f"sample: {printable(tokenizer.decode(new))}\n")
 
     objective = functools.partial(loss, model=model)
-    state = train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample)
+    try:
+        state = train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample)
+    except RuntimeError as e:
+        if jax.process_count() == 1:
+            raise
+        raise InputError(f"a process of this run died or is out of reach ({str(e).splitlines()[0]});"
+                         " start all of them again with --resume") from None
     show_sample(state["params"])
     print(f"checkpoint: {path}\nnext: python sft.py   (or continue a text: python chat.py {path})")
 

@@ -55,7 +55,10 @@ def run(main, argv=None):
     except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
         problem = (f"{(str(e) or 'out of memory').splitlines()[0][:200]}; a smaller model or batch may fit, the"
                    " versions of requirements.txt may work better, JAX_PLATFORMS=cpu uses the CPU")
-    print("error:", printable(problem).replace("\n", " "), file=sys.stderr)
+    print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
+    if argv is None:  # a script ends at once, it does not wait for other processes of its run
+        sys.stdout.flush()
+        os._exit(2)
     sys.exit(2)
 
 

@@ -7,6 +7,7 @@ by hand; then what must hold for attention, optimiser, generation, tokenizer, ma
 import bz2
 import contextlib
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import chat
 import gpt
@@ -180,15 +182,32 @@ def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
         assert rates == pytest.approx([1 / 11, 1, 0.525, 0.05, 0.05])
 
 
-@pytest.mark.parametrize("n_micro", [1, 3])  # on 3 devices, and on 2 in parts with unequal weights
+@pytest.mark.parametrize("n_micro", [1, 3])  # on 6 devices, and on 2 in parts with unequal weights
 def test_a_step_takes_the_twins_gradient_however_the_batch_is_split(n_micro):
     step, (whole, split) = gpt.make_step(objective, CFG), gpt.placements(B // n_micro)
     for weight in (1, 0):  # a batch without weights has gradient zero, not NaN
-        parts = jax.device_put(list(zip(*(np.split(a, n_micro) for a in (X, Y, W * weight)))), split)
+        parts = zip(*([gpt.put(part, split) for part in np.split(a, n_micro)] for a in (X, Y, W * weight)))
         state, mean = step(jax.device_put(STATE, whole), [(part, KEY) for part in parts], RATES)
         assert float(mean) == pytest.approx(weight * TOTAL / W.sum(), rel=1e-5)
         expected = gpt.adam(STATE, tree.map(lambda g: weight * g / W.sum(), GRADIENT), RATES, CFG)
         assert_close(state["m"], expected["m"], 1e-4)
+
+
+def test_split_parameters_take_an_eighth_of_the_memory_and_the_same_steps():
+    model = gpt.Model(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=300)
+    state, x = gpt.new_state(gpt.init_params(model)), RNG.integers(0, 300, (8, 8)).astype(np.int32)
+    states = []
+    for shard in (False, True):
+        cfg = dataclasses.replace(CFG, batch_size=8, shard_params=shard)
+        step, split = gpt.make_step(functools.partial(gpt.loss, model=model), cfg), gpt.placements(8)[1]
+        batch = [gpt.put(a, split) for a in (x, x, np.ones((8, 8), np.float32))]
+        after = tree.map(gpt.put, state, gpt.homes(state, cfg))
+        for t in range(3):
+            after, _ = step(after, [(batch, KEY)] * 2, gpt.rates(t, cfg))
+        states.append(after)
+    assert_close(states[1]["m"], states[0]["m"], 1e-4)
+    whole, part = (sum(a.addressable_shards[0].data.nbytes for a in tree.leaves(s)) for s in states)
+    assert part <= whole * (1 / 8 + 0.05)
 
 
 def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too():
@@ -233,6 +252,20 @@ def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
     run = lambda p, tokens, at, cache: gpt.forward(p, tokens, MODEL, at=at, cache=cache)
     at, cache = np.array(3, np.int32), forward(PARAMS, X[0], MODEL)[1]
     assert not not_for_metal(run, PARAMS, X[0], at, None) and not not_for_metal(run, PARAMS, X[0, :1], at, cache)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_step_lowers_for_nvidia_with_fused_attention_and_for_tpu(platform, monkeypatch):
+    monkeypatch.setattr(gpt, "cudnn_can", lambda model: platform == "cuda")
+    for check, says in [("check_cudnn_version", 91000), ("check_compute_capability", True),
+                        ("is_cuda_compute_capability_equal", False)]:  # there is no such GPU here to ask
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: says, raising=False)
+    model = gpt.Model(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=V, dtype="bfloat16")
+    state, x = gpt.new_state(gpt.init_params(model)), np.ones((2, 64), np.int32)
+    step = gpt.make_step(functools.partial(gpt.loss, model=model), CFG)
+    run = jax.jit(lambda state: step(state, [((x, x, np.float32(x)), KEY)] * 2, RATES))
+    text = run.trace(state).lower(lowering_platforms=(platform,)).as_text()
+    assert ("fmhaSoftmaxBackward" in text) == (platform == "cuda") and "bf16" in text
 
 
 # ---------------------------------------------------------------- tokenizer and fine-tuning
@@ -515,10 +548,12 @@ def test_bad_input_gets_one_line_and_changes_nothing(printed):
     for module, argv, message in inputs:
         said = outcome(module.main, *argv)
         assert re.match(f"error: .*{re.escape(message)}", said), (argv, said)
-    script = subprocess.run([sys.executable, gpt.__file__], env=os.environ | {"JAX_PLATFORMS": "none"},
-                            capture_output=True, text=True)
-    assert re.fullmatch("error: .*none.*requirements.txt.*JAX_PLATFORMS=cpu.*\n", script.stderr)
-    assert script.returncode == 2 and before == contents() and len(inputs) > 400
+    for flags, platform, message in [([], "none", "none.*requirements.txt.*JAX_PLATFORMS=cpu"),
+                                     (["--coordinator=here"], "cpu", "--coordinator here: HOST:PORT")]:
+        script = subprocess.run([sys.executable, gpt.__file__, *flags], env=os.environ | {"JAX_PLATFORMS": platform},
+                                capture_output=True, text=True)
+        assert re.fullmatch(f"error: .*{message}.*\n", script.stderr) and script.returncode == 2
+    assert before == contents() and len(inputs) > 400
 
 
 def flip(rounds):
@@ -583,6 +618,39 @@ def kill(rounds):
 
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(printed):
     kill(2)
+
+
+def test_two_processes_train_as_one_and_fall_together(printed):
+    """On loopback, with split parameters; one is killed, the other ends at once, and all resume to the same bits."""
+    flags = [*TINY, "--max_steps=60", "--log_every=1", "--save_every=5", "--learning_rate=1e-3", "--eval_every=30"]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+    def start(out_dir, *more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        run = [sys.executable, gpt.__file__, *flags, "--shard_params", f"--out_dir={out_dir}", *more,
+               f"--coordinator={address}", "--num_processes=2"]
+        return [subprocess.Popen([*run, f"--process_id={i}"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                 text=True) for i in (0, 1)]
+
+    ends = lambda processes: [(p.communicate(timeout=60)[1], p.returncode) for p in processes]
+    outcome(gpt.main, *flags, "--out_dir=one")
+    assert [code for _, code in ends(start("two"))] == [0, 0]
+    losses = [np.array([row[1] for row in cells(f"{d}/log.csv")[1:]], float) for d in ("one", "two")]
+    assert len(losses[1]) == 60 and np.abs(losses[0] - losses[1])[:50].max() < 1e-4
+    first, second = start("parts")
+    while first.poll() is None and (not os.path.exists("parts/log.csv") or len(cells("parts/log.csv")) < 10):
+        time.sleep(0.01)
+    second.kill()
+    (message, code), _ = ends([first, second])
+    assert code == 2 and re.search("error: a process of this run died.*--resume", message)
+    step = gpt.load_checkpoint("parts/base.npz")[1]["step"]
+    shutil.copytree("parts", "alone")
+    assert 5 <= step < 60 and [code for _, code in ends(start("parts", "--resume"))] == [0, 0]
+    tree.map(np.testing.assert_array_equal, *(gpt.load_checkpoint(f"{d}/base.npz")[0] for d in ("two", "parts")))
+    outcome(gpt.main, "--resume", "--out_dir=alone")  # a run of two processes goes on in one
+    assert abs(float(cells("alone/log.csv")[step + 1][1]) - losses[1][step]) < 1e-4
 
 
 def test_a_loss_that_is_not_finite_and_a_folder_that_vanishes_stop_the_run(printed, monkeypatch):
