@@ -48,7 +48,7 @@ class Model:
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1, high=1 << 16)
     block_size: int = setting(64, "context: tokens the model sees at once", low=1, high=1 << 20)
     dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
-    dtype: str = setting("float32", "of matrix products: float32 or bfloat16", choices=["float32", "bfloat16"])
+    dtype: str = setting("float32", "of products with weights: float32 or bfloat16", choices=["float32", "bfloat16"])
     vocab_size: int = 0  # the tokenizer's, not a flag
 
 
@@ -92,20 +92,21 @@ MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every
 
 
 def init_params(model, seed=0):
-    """Nested dicts of float32 arrays; normal with deviation 0.02, smaller where a block adds to the residual stream
-    (GPT-2, section 2.3). NumPy's generator: the same numbers whatever the version of JAX."""
+    """Nested dicts of float32 arrays. Matrices that read the residual stream are normal with deviation 0.5 / sqrt(C), those
+    that add to it zero: a block begins as the identity. NumPy's generator: the same numbers with every version of JAX."""
     rng = np.random.default_rng(seed)
     C = model.n_embd
-    normal = lambda *shape, scale=0.02: rng.normal(0, scale, shape).astype(np.float32)
-    small = 0.02 / math.sqrt(2 * model.n_layer)
+    normal = lambda *shape, scale=0.5 / math.sqrt(C): rng.normal(0, scale, shape).astype(np.float32)
+    zeros = lambda *shape: np.zeros(shape, np.float32)
     block = lambda: {
         "norm1": np.ones(C, np.float32),
-        "attn": {"wqkv": normal(C, 3 * C), "wo": normal(C, C, scale=small)},
+        "attn": {"wqkv": normal(C, 3 * C), "wo": zeros(C, C)},
         "norm2": np.ones(C, np.float32),
-        "mlp": {"w_up": normal(C, 4 * C), "w_down": normal(4 * C, C, scale=small)},
+        "mlp": {"w_up": normal(C, 4 * C), "w_down": zeros(4 * C, C)},
     }
     blocks = [block() for _ in range(model.n_layer)]
-    return {"wte": normal(model.vocab_size, C), "blocks": blocks, "norm": np.ones(C, np.float32)}
+    wte = normal(model.vocab_size, C, scale=0.02)  # small, being the head too: the first loss is then near ln V
+    return {"wte": wte, "blocks": blocks, "norm": np.ones(C, np.float32)}
 
 
 # ---------------------------------------------------------------- layers
@@ -116,9 +117,45 @@ def on_metal():
     return jax.default_backend().lower() in ("metal", "mps", "mtl")
 
 
-def matmul(a, b, model):
-    """a @ b in the model's dtype, the result in float32."""
-    return jnp.matmul(a.astype(model.dtype), b.astype(model.dtype), preferred_element_type=jnp.float32)
+def matmul(x, w, model, axis=0):
+    """x (T, C) times a weight matrix w (C, N), or with axis 1 (N, C), in the model's dtype, the result in float32."""
+    if model.dtype == "float32":
+        return x @ (w if axis == 0 else w.T)
+    return rounded_matmul(x, w, axis)
+
+
+def rounded_dot(a, b, dims):
+    """Contract dims of a and b, rounded to bfloat16, summed in float32."""
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_matmul(x, w, axis):
+    """Left to itself, jax.grad multiplies bfloat16 by float32 in the backward pass, at float32's speed."""
+    return rounded_dot(x, w, ((1,), (axis,)))
+
+
+def rounded_forward(x, w, axis):
+    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+
+
+def rounded_backward(axis, saved, dy):
+    x, w = saved
+    return rounded_dot(dy, w, ((1,), (1 - axis,))), weight_gradient(*((x, dy) if axis == 0 else (dy, x)))
+
+
+@jax.custom_batching.custom_vmap
+def weight_gradient(a, b):
+    return rounded_dot(a, b, ((0,), (0,)))
+
+
+@weight_gradient.def_vmap
+def _(size, batched, a, b):  # the sum over the batch as one product; vmap would make one for each row and add them
+    return rounded_dot(a, b, ((0, 1), (0, 1))), False
+
+
+rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
 
 def rows(table, ids):
@@ -153,12 +190,12 @@ def drop(x, model, key):
     return jnp.where(keep, x / (1 - model.dropout), 0)
 
 
-def head(q, k, v, allowed, model):
+def head(q, k, v, allowed):
     """One attention head: q (T, D), k and v (S, D), allowed (T, S) -> (T, D) (arXiv 1706.03762, eq. 1)."""
-    scores = matmul(q / np.float32(math.sqrt(q.shape[-1])), k.swapaxes(-1, -2), model)
+    scores = q / np.float32(math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2)
     scores = jnp.where(allowed, scores, -1e9)  # finite: -inf gives NaN on Metal
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return matmul(weights, v, model) / weights.sum(-1, keepdims=True)  # softmax, divided last: D numbers, not S
+    return weights @ v / weights.sum(-1, keepdims=True)  # softmax, divided last: D numbers, not S
 
 
 QUERIES = 128
@@ -173,11 +210,12 @@ def cudnn_can(model):
 def attention(x, wqkv, wo, where, cache, model):
     """(T, C) -> (T, C), and the keys and values (H, S, D) that later tokens will look at."""
     T, C = x.shape
-    q, k, v = matmul(x, wqkv, model).reshape(T, 3, model.n_head, -1).transpose(1, 2, 0, 3)  # each (H, T, D)
+    q, k, v = jnp.split(matmul(x, wqkv, model), 3, axis=-1)
+    q, k, v = (z.reshape(T, model.n_head, -1).transpose(1, 0, 2) for z in (q, k, v))  # each (H, T, D)
     q, k = rotate(q, where["cos"], where["sin"]), rotate(k, where["cos"], where["sin"])
     if cache is not None:  # one new token: put its key and value in their place among the old ones
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
-    heads, S, y = jax.vmap(head, (0, 0, 0, None, None)), k.shape[1], []
+    heads, S, y = jax.vmap(head, (0, 0, 0, None)), k.shape[1], []
     if cache is None and cudnn_can(model):
         q, k, v = (z.transpose(1, 0, 2).astype(model.dtype) for z in (q, k, v))
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(T, C)
@@ -185,7 +223,7 @@ def attention(x, wqkv, wo, where, cache, model):
     for start in range(0, T, QUERIES):  # so many queries at a time see only the keys up to their own: half the work
         end = min(start + QUERIES, T)
         past = S - T + end
-        y.append(heads(q[:, start:end], k[:, :past], v[:, :past], where["allowed"][start:end, :past], model))
+        y.append(heads(q[:, start:end], k[:, :past], v[:, :past], where["allowed"][start:end, :past]))
     y = jnp.concatenate(y, axis=1)
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
@@ -229,7 +267,7 @@ def forward(params, tokens, model, key=None, at=None, cache=None):
         new_cache.append(kv)
     if at is not None:
         x = rows(x, at[None])
-    return matmul(norm(x, params["norm"]), params["wte"].T, model), new_cache  # the head is the embedding, transposed
+    return matmul(norm(x, params["norm"]), params["wte"], model, axis=1), new_cache  # the head is the embedding
 
 
 # ---------------------------------------------------------------- loss
@@ -568,7 +606,9 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
     batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
     whole, split = placements(cfg.batch_size)
     step, done, stop, best = make_step(objective, cfg), about["step"], [], path.with_name("best.npz")
-    writes, several = jax.process_index() == 0, jax.process_count() > 1
+    writes, several, model = jax.process_index() == 0, jax.process_count() > 1, Model(**about["model"])
+    count = sum(p.size for p in jax.tree.leaves(state["params"]))
+    flops = 6 * count + 12 * model.n_layer * model.n_embd * model.block_size  # a token (arXiv 2204.02311, appendix B)
     gather = jax.jit(lambda a: a, out_shardings=whole)
     fetch = lambda tree: jax.tree.map(lambda a: np.asarray(a if a.is_fully_replicated else gather(a)), tree)
 
@@ -624,7 +664,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             with open(log_path if writes else os.devnull, "a") as log:
                 log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
             validation = f"validation {seen[0]:.3f}  " if seen[0] else ""
-            pace = f"{speed:.0f} tokens/s  {time_left(started, done - first - 1, cfg.max_steps - first - 1)}"
+            left = time_left(started, done - first - 1, cfg.max_steps - first - 1)
+            pace = f"{speed:.0f} tokens/s, {speed * flops / 1e9:.0f} GFLOP/s  {left}"
             show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{pace}",
                           last=last or bool(validation))
             busy, since = 0.0, done

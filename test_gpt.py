@@ -146,10 +146,13 @@ def test_changing_a_token_changes_no_logits_before_it():
         assert same[:t].all() and not same[t:].any()
 
 
-def test_bfloat16_stays_near_float32():
-    exact, rounded = (float(loss(PARAMS, BATCH, None, dataclasses.replace(MODEL, dtype=dtype))[0])
-                      for dtype in ("float32", "bfloat16"))
-    assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
+def test_bfloat16_and_its_gradient_stay_near_float32():
+    rounded = dataclasses.replace(MODEL, dtype="bfloat16")
+    both = jax.vmap(lambda row, p: gpt.loss(p, tree.map(lambda a: a[None], row), None, rounded)[0], (0, None))
+    for f in (lambda p: gpt.loss(p, BATCH, None, rounded)[0], lambda p: both(BATCH, p).sum()):  # vmap once, and twice
+        total, gradient = jax.jit(jax.value_and_grad(f))(PARAMS)
+        assert float(total) == pytest.approx(TOTAL, rel=0.01) and abs(total / TOTAL - 1) > 1e-6
+        assert_close(gradient, GRADIENT, 0.05)
 
 
 def test_dropout_depends_on_the_key_alone_and_is_off_in_evaluation():
