@@ -5,7 +5,8 @@
     python gpt.py --resume                 # goes on after Ctrl-C or a power cut
 
 The model is written for one sequence; jax.vmap makes the batch, jax.grad the gradient, jax.jit the machine code.
-Reading order: settings, parameters, layers, model, loss, optimiser, step, data, generation, checkpoint, loop, main.
+Reading order: settings, parameters, layers, model, loss, (bfloat16), optimiser, step, data, generation, checkpoint,
+loop, main.
 
     B batch   T time (tokens)   S time of keys and values   C width   H heads   D = C / H   V vocabulary
 """
@@ -92,8 +93,8 @@ MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every
 
 
 def init_params(model, seed=0):
-    """Nested dicts of float32 arrays. Matrices that read the residual stream are normal with deviation 0.5 / sqrt(C), those
-    that add to it zero: a block begins as the identity. NumPy's generator: the same numbers with every version of JAX."""
+    """Nested dicts of float32 arrays. Matrices that read the residual stream are normal with deviation 0.5 / sqrt(C),
+    those that add to it zero: a block begins as the identity. NumPy's generator: the same with every version of JAX."""
     rng = np.random.default_rng(seed)
     C = model.n_embd
     normal = lambda *shape, scale=0.5 / math.sqrt(C): rng.normal(0, scale, shape).astype(np.float32)
@@ -122,40 +123,6 @@ def matmul(x, w, model, axis=0):
     if model.dtype == "float32":
         return x @ (w if axis == 0 else w.T)
     return rounded_matmul(x, w, axis)
-
-
-def rounded_dot(a, b, dims):
-    """Contract dims of a and b, rounded to bfloat16, summed in float32."""
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rounded_matmul(x, w, axis):
-    """Left to itself, jax.grad multiplies bfloat16 by float32 in the backward pass, at float32's speed."""
-    return rounded_dot(x, w, ((1,), (axis,)))
-
-
-def rounded_forward(x, w, axis):
-    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-
-
-def rounded_backward(axis, saved, dy):
-    x, w = saved
-    return rounded_dot(dy, w, ((1,), (1 - axis,))), weight_gradient(*((x, dy) if axis == 0 else (dy, x)))
-
-
-@jax.custom_batching.custom_vmap
-def weight_gradient(a, b):
-    return rounded_dot(a, b, ((0,), (0,)))
-
-
-@weight_gradient.def_vmap
-def _(size, batched, a, b):  # the sum over the batch as one product; vmap would make one for each row and add them
-    return rounded_dot(a, b, ((0, 1), (0, 1))), False
-
-
-rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
 
 def rows(table, ids):
@@ -201,10 +168,27 @@ def head(q, k, v, allowed):
 QUERIES = 128
 
 
+def heads_in_blocks(q, k, v, allowed):
+    """All heads, H first, for so many queries at a time: these see only the keys up to their own, half the work."""
+    T, S, parts = q.shape[1], k.shape[1], []
+    for start in range(0, T, QUERIES):
+        end = min(start + QUERIES, T)
+        past = S - T + end
+        block = q[:, start:end], k[:, :past], v[:, :past], allowed[start:end, :past]
+        parts.append(jax.vmap(head, (0, 0, 0, None))(*block))
+    return jnp.concatenate(parts, axis=1)
+
+
 def cudnn_can(model):
     """Whether cuDNN's fused attention fits: an NVIDIA GPU, bfloat16, heads of a size that it knows."""
     size = model.n_embd // model.n_head
     return "NVIDIA" in jax.devices()[0].device_kind and model.dtype == "bfloat16" and size <= 128 and size % 8 == 0
+
+
+def heads_by_cudnn(q, k, v, model):
+    q, k, v = (z.transpose(1, 0, 2).astype(model.dtype) for z in (q, k, v))
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return y.transpose(1, 0, 2).astype(np.float32)
 
 
 def attention(x, wqkv, wo, where, cache, model):
@@ -215,16 +199,8 @@ def attention(x, wqkv, wo, where, cache, model):
     q, k = rotate(q, where["cos"], where["sin"]), rotate(k, where["cos"], where["sin"])
     if cache is not None:  # one new token: put its key and value in their place among the old ones
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
-    heads, S, y = jax.vmap(head, (0, 0, 0, None)), k.shape[1], []
-    if cache is None and cudnn_can(model):
-        q, k, v = (z.transpose(1, 0, 2).astype(model.dtype) for z in (q, k, v))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").reshape(T, C)
-        return matmul(y, wo, model), tuple(z.transpose(1, 0, 2).astype(np.float32) for z in (k, v))
-    for start in range(0, T, QUERIES):  # so many queries at a time see only the keys up to their own: half the work
-        end = min(start + QUERIES, T)
-        past = S - T + end
-        y.append(heads(q[:, start:end], k[:, :past], v[:, :past], where["allowed"][start:end, :past]))
-    y = jnp.concatenate(y, axis=1)
+    fused = cache is None and cudnn_can(model)
+    y = heads_by_cudnn(q, k, v, model) if fused else heads_in_blocks(q, k, v, where["allowed"])
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
 
@@ -289,6 +265,45 @@ def loss(params, batch, key, model):
     keys = jax.random.split(key, len(x)) if model.dropout else None
     losses = jax.vmap(functools.partial(token_losses, model=model), (None, 0, 0, 0))(params, x, y, keys)
     return (losses * w).sum(), w.sum()
+
+
+# ---------------------------------------------------------------- products in bfloat16
+
+
+def rounded_dot(a, b, dims):
+    """Contract dims of a and b, rounded to bfloat16, summed in float32."""
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_matmul(x, w, axis):
+    """As matmul. With a backward pass of its own: jax.grad would multiply bfloat16 by float32, at float32's speed."""
+    return rounded_dot(x, w, ((1,), (axis,)))
+
+
+def rounded_forward(x, w, axis):
+    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+
+
+def rounded_backward(axis, saved, dy):
+    x, w = saved
+    dw = weight_gradient(x, dy) if axis == 0 else weight_gradient(dy, x)
+    return rounded_dot(dy, w, ((1,), (1 - axis,))), dw
+
+
+rounded_matmul.defvjp(rounded_forward, rounded_backward)
+
+
+@jax.custom_batching.custom_vmap
+def weight_gradient(a, b):
+    """Of one sequence: a (T, M), b (T, N) -> (M, N)."""
+    return rounded_dot(a, b, ((0,), (0,)))
+
+
+@weight_gradient.def_vmap
+def _(size, batched, a, b):  # of a batch, summed, as one product: vmap would make B products and add them
+    return rounded_dot(a, b, ((0, 1), (0, 1))), False
 
 
 # ---------------------------------------------------------------- optimiser
@@ -605,7 +620,7 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
 
     batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
     whole, split = placements(cfg.batch_size)
-    step, done, stop, best = make_step(objective, cfg), about["step"], [], path.with_name("best.npz")
+    step, done, asked, best = make_step(objective, cfg), about["step"], [], path.with_name("best.npz")
     writes, several, model = jax.process_index() == 0, jax.process_count() > 1, Model(**about["model"])
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     flops = 6 * count + 12 * model.n_layer * model.n_embd * model.block_size  # a token (arXiv 2204.02311, appendix B)
@@ -635,8 +650,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
             os.replace(begun, path)
         begin_log(log_path, done)
-    handlers = [(s, signal.signal(s, lambda *_: stop.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
-    busy, first, since = 0.0, done, done
+    handlers = [(s, signal.signal(s, lambda *_: asked.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
+    busy, first, since, stop = 0.0, done, done, False
     while done < cfg.max_steps and not stop:
         t = time.time()
         state, value = step(state, batches, rates(done, cfg))
@@ -644,14 +659,15 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         batches = batches_of(done)  # made while the device works
         value = float(value)  # waits: two steps in flight on virtual CPU devices can block each other
         busy += time.time() - t
-        if several and multihost_utils.process_allgather(np.array(len(stop))).any():
-            stop.append(True)  # they all stop after the same step
+        stop = bool(asked)
+        if several:  # they all stop after the same step
+            stop = bool(multihost_utils.process_allgather(np.array(stop)).any())
         if done == first + 1:
             started = time.time()  # the first step also compiled: the time left is reckoned from here
         if not math.isfinite(value):
             raise InputError(f"step {done}: the loss is {value}; {path} is from before, --init takes it;"
                              " try a smaller --learning_rate")
-        last, seen = done == cfg.max_steps or bool(stop), ("", "")
+        last, seen = done == cfg.max_steps or stop, ("", "")
         due = lambda every: every > 0 and (done % every == 0 or done == cfg.max_steps)
         if validate and due(cfg.eval_every):
             seen = validate(state["params"])
@@ -707,17 +723,16 @@ def resume_config(cfg, given, saved, path):
 
 
 def join(cfg):
-    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all it needs. Only process 0
-    prints and writes files; out_dir and data_dir must be folders that all of them see."""
+    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all it needs. Only process
+    0 prints and writes files; out_dir and data_dir must be folders that all of them see."""
     cluster = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" in os.environ
     if cfg.coordinator or cluster or "TPU_ML_PLATFORM" in os.environ:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         options = {"heartbeat_timeout_seconds": 40}  # older versions of jax notice a silent host after 100 s
         options = options if options.keys() & inspect.signature(jax.distributed.initialize).parameters else {}
-        if cfg.coordinator:
-            options.update(coordinator_address=cfg.coordinator, num_processes=cfg.num_processes, process_id=cfg.process_id)
+        where = [cfg.coordinator, cfg.num_processes, cfg.process_id] if cfg.coordinator else []
         try:
-            jax.distributed.initialize(**options)
+            jax.distributed.initialize(*where, **options)
         except (ValueError, IndexError) as e:
             raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below --num_processes ({e})"
                              ) from None
