@@ -57,7 +57,8 @@ def run(main, argv=None):
                    " versions of requirements.txt may work better, JAX_PLATFORMS=cpu uses the CPU")
     print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
     if argv is None:  # a script ends at once, it does not wait for other processes of its run
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         os._exit(2)
     sys.exit(2)
 
