@@ -794,7 +794,7 @@ def main(argv):
     objective = functools.partial(loss, model=model)
     try:
         state = train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:  # either, for a broken connection
         if jax.process_count() == 1:
             raise
         raise InputError(f"a process of this run died or is out of reach ({str(e).splitlines()[0]});"
