@@ -643,8 +643,8 @@ def test_two_processes_train_as_one_and_fall_together(printed):
     assert [code for _, code in ends(start("two"))] == [0, 0]
     losses = [np.array([row[1] for row in cells(f"{d}/log.csv")[1:]], float) for d in ("one", "two")]
     assert len(losses[1]) == 60 and np.abs(losses[0] - losses[1])[:50].max() < 1e-4
-    first, second = start("parts")
-    while first.poll() is None and (not os.path.exists("parts/log.csv") or len(cells("parts/log.csv")) < 10):
+    first, second = start("halves")
+    while first.poll() is None and (not os.path.exists("halves/log.csv") or len(cells("halves/log.csv")) < 10):
         time.sleep(0.01)
     second.kill()
     notices = "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters
@@ -653,10 +653,10 @@ def test_two_processes_train_as_one_and_fall_together(printed):
     (message, code), _ = ends([first, second])
     ours, jaxs = "error: a process of this run died.*--resume", "another task died"  # whoever notices first
     assert not notices or code == 2 and re.search(ours, message) or code < 0 and re.search(jaxs, message), message
-    step = gpt.load_checkpoint("parts/base.npz")[1]["step"]
-    shutil.copytree("parts", "alone")
-    assert 5 <= step < 60 and [code for _, code in ends(start("parts", "--resume"))] == [0, 0]
-    tree.map(np.testing.assert_array_equal, *(gpt.load_checkpoint(f"{d}/base.npz")[0] for d in ("two", "parts")))
+    step = gpt.load_checkpoint("halves/base.npz")[1]["step"]
+    shutil.copytree("halves", "alone")
+    assert 5 <= step < 60 and [code for _, code in ends(start("halves", "--resume"))] == [0, 0]
+    tree.map(np.testing.assert_array_equal, *(gpt.load_checkpoint(f"{d}/base.npz")[0] for d in ("two", "halves")))
     outcome(gpt.main, "--resume", "--out_dir=alone")  # a run of two processes goes on in one
     assert abs(float(cells("alone/log.csv")[step + 1][1]) - losses[1][step]) < 1e-4
 
