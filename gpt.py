@@ -34,6 +34,14 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')}"
                                f" --xla_force_host_platform_device_count={os.cpu_count() or 1}")
 
+HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ and HUGE_PAGES.exists():
+    if "[madvise]" in HUGE_PAGES.read_text():
+        # XLA asks for its memory anew in each step; Linux hands it out in pages of 4 kB, which takes a quarter of the time
+        # of a large model, unless the C library asks for pages of 2 MB. It is told so when a program starts: once more.
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
@@ -158,25 +166,55 @@ def drop(x, model, key):
 
 
 def head(q, k, v, allowed):
-    """One attention head: q (T, D), k and v (S, D), allowed (T, S) -> (T, D) (arXiv 1706.03762, eq. 1)."""
-    scores = q / np.float32(math.sqrt(q.shape[-1])) @ k.swapaxes(-1, -2)
-    scores = jnp.where(allowed, scores, -1e9)  # finite: -inf gives NaN on Metal
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    return weights @ v / weights.sum(-1, keepdims=True)  # softmax, divided last: D numbers, not S
+    """One attention head (arXiv 1706.03762, eq. 1): q (T, D), already divided by sqrt(D), k and v (S, D), allowed (T, S)
+    -> (T, D), and the logarithms of the softmax's denominators (T,)."""
+    scores = jnp.where(allowed, q @ k.T, -1e9)  # finite: -inf gives NaN on Metal
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    return weights @ v / total, (top + jnp.log(total))[:, 0]  # divided last: D numbers, not S
 
 
 QUERIES = 128
 
 
-def heads_in_blocks(q, k, v, allowed):
-    """All heads, H first, for so many queries at a time: these see only the keys up to their own, half the work."""
-    T, S, parts = q.shape[1], k.shape[1], []
+def parts(T):
+    """So many queries at a time, which see only the keys up to their own: half the work. -> (first, end, mask) of each."""
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
-        past = S - T + end
-        block = q[:, start:end], k[:, :past], v[:, :past], allowed[start:end, :past]
-        parts.append(jax.vmap(head, (0, 0, 0, None))(*block))
-    return jnp.concatenate(parts, axis=1)
+        yield start, end, np.tri(end - start, end, start, dtype=bool)
+
+
+@jax.custom_vjp
+def causal_head(q, k, v):
+    """One head over a whole sequence: q, k, v (T, D) -> (T, D). The backward pass is written by hand: it computes the
+    weights again instead of keeping T x T of them (arXiv 2205.14135), with products in an order that suits a CPU."""
+    return causal_head_forward(q, k, v)[0]
+
+
+def causal_head_forward(q, k, v):
+    y, logs = zip(*(head(q[start:end], k[:end], v[:end], allowed) for start, end, allowed in parts(len(q))))
+    y, logs = jnp.concatenate(y), jnp.concatenate(logs)
+    return y, (q, k, v, y, logs)
+
+
+def causal_head_backward(saved, dy):
+    """With P = softmax(scores), one row a query: dV = P^T dY, dP = dY V^T, dscores = P (dP - sum(dP P)), and that last sum
+    is that of dY Y. Here transposed, one row a key."""
+    q, k, v, y, logs = saved
+    common, dq, dk, dv = (dy * y).sum(-1), [], 0, 0
+    for start, end, allowed in parts(len(q)):
+        scores = jnp.where(allowed.T, k[:end] @ q[start:end].T, -1e9)
+        weights = jnp.exp(scores - logs[None, start:end])
+        dscores = weights * (v[:end] @ dy[start:end].T - common[None, start:end])
+        later = ((0, len(q) - end), (0, 0))
+        dq.append(k[:end].T @ dscores)
+        dk += jnp.pad(dscores @ q[start:end], later)
+        dv += jnp.pad(weights @ dy[start:end], later)
+    return jnp.concatenate(dq, axis=1).T, dk, dv
+
+
+causal_head.defvjp(causal_head_forward, causal_head_backward)
 
 
 def cudnn_can(model):
@@ -187,7 +225,7 @@ def cudnn_can(model):
 
 def heads_by_cudnn(q, k, v, model):
     q, k, v = (z.transpose(1, 0, 2).astype(model.dtype) for z in (q, k, v))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0, implementation="cudnn")
     return y.transpose(1, 0, 2).astype(np.float32)
 
 
@@ -197,10 +235,12 @@ def attention(x, wqkv, wo, where, cache, model):
     q, k, v = jnp.split(matmul(x, wqkv, model), 3, axis=-1)
     q, k, v = (z.reshape(T, model.n_head, -1).transpose(1, 0, 2) for z in (q, k, v))  # each (H, T, D)
     q, k = rotate(q, where["cos"], where["sin"]), rotate(k, where["cos"], where["sin"])
+    q = q / np.float32(math.sqrt(q.shape[-1]))
     if cache is not None:  # one new token: put its key and value in their place among the old ones
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
-    fused = cache is None and cudnn_can(model)
-    y = heads_by_cudnn(q, k, v, model) if fused else heads_in_blocks(q, k, v, where["allowed"])
+        y, _ = jax.vmap(head, (0, 0, 0, None))(q, k, v, where["allowed"])
+    else:
+        y = heads_by_cudnn(q, k, v, model) if cudnn_can(model) else jax.vmap(causal_head)(q, k, v)
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
 
@@ -228,7 +268,7 @@ def forward(params, tokens, model, key=None, at=None, cache=None):
     T = len(tokens)
     cos, sin = rotation(model)
     if cache is None:
-        where = dict(cos=cos[:T], sin=sin[:T], allowed=np.tri(T, dtype=bool))
+        where = dict(cos=cos[:T], sin=sin[:T])
         cache = [None] * model.n_layer
     else:
         S = np.arange(model.block_size)
