@@ -22,6 +22,14 @@ import signal
 import sys
 import time
 
+started, pages = pathlib.Path(sys.argv[0]).resolve(), pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+if started.suffix == ".py" and started.parent == pathlib.Path(__file__).resolve().parent and pages.exists():
+    if "[madvise]" in pages.read_text() and "GLIBC_TUNABLES" not in os.environ:
+        # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, a quarter of a step's time, or of 2 MB if
+        # the C library asks for them. It reads that when a program starts, so this one starts once more.
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 import numpy as np
 
 import prepare
@@ -33,14 +41,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     # A CPU device for each core: small matrix products run faster on one core each than spread over all of them.
     os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')}"
                                f" --xla_force_host_platform_device_count={os.cpu_count() or 1}")
-
-HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-if __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ and HUGE_PAGES.exists():
-    if "[madvise]" in HUGE_PAGES.read_text():
-        # XLA asks for its memory anew in each step; Linux hands it out in pages of 4 kB, which takes a quarter of the time
-        # of a large model, unless the C library asks for pages of 2 MB. It is told so when a program starts: once more.
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import jax
 import jax.numpy as jnp
@@ -411,6 +411,17 @@ def put(array, placement):
     return jax.make_array_from_callback(np.shape(array), placement, lambda part: np.asarray(array)[part])
 
 
+def in_order():
+    """For the compiler: let operations follow one another. By default XLA starts all that could run at once, which takes
+    more memory, and a CPU device here has but one core."""
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except RuntimeError:  # a version that does not know it
+        options = {}
+    return options
+
+
 def make_step(objective, cfg):
     """objective(params, batch, key) -> (sum, count) becomes step(state, [(batch, key), ...], rates) -> (state, loss):
     sums and counts of the micro-batches are added up and divided once, so their sizes do not matter."""
@@ -430,8 +441,8 @@ def make_step(objective, cfg):
         state = adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg)
         return constrain(state, homes(state, cfg)), total / count
 
-    add_compiled = jax.jit(add)
-    finish_compiled = functools.partial(jax.jit, **({} if on_metal() else dict(donate_argnums=1)))(finish)
+    add_compiled = jax.jit(add, compiler_options=in_order())
+    finish_compiled = jax.jit(finish, compiler_options=in_order(), donate_argnums=() if on_metal() else 1)
 
     def step(state, batches, rates):
         sums = None

@@ -251,6 +251,7 @@ def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
     found = "".join(not_for_metal(jax.grad(lambda p: gpt.loss(p, BATCH, None, MODEL)[0]), PARAMS))
     assert "gather" in found and "scatter" in found and not_for_metal(lambda x: x.astype("bfloat16"), KEY)
     monkeypatch.setattr(gpt, "on_metal", lambda: True)
+    monkeypatch.setattr(gpt, "in_order", dict)  # options for the compiler, which is not asked here
     step = gpt.make_step(objective, CFG)
     assert not not_for_metal(lambda state: step(state, [(BATCH, KEY)] * 2, RATES), STATE)
     run = lambda p, tokens, at, cache: gpt.forward(p, tokens, MODEL, at=at, cache=cache)
@@ -260,6 +261,7 @@ def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_step_lowers_for_nvidia_with_fused_attention_and_for_tpu(platform, monkeypatch):
+    monkeypatch.setattr(gpt, "in_order", dict)
     monkeypatch.setattr(gpt, "cudnn_can", lambda model: platform == "cuda")
     for check, says in [("check_cudnn_version", 91000), ("check_compute_capability", True),
                         ("is_cuda_compute_capability_equal", False)]:  # there is no such GPU here to ask
