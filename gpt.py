@@ -414,7 +414,7 @@ def put(array, placement):
 def in_order():
     """For the compiler: let operations follow one another. By default XLA starts all that could run at once, which takes
     more memory, and a CPU device here has but one core."""
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False} if jax.default_backend() == "cpu" else {}
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else {}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except RuntimeError:  # a version that does not know it
