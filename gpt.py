@@ -411,18 +411,19 @@ def put(array, placement):
     return jax.make_array_from_callback(np.shape(array), placement, lambda part: np.asarray(array)[part])
 
 
-def in_order():
-    """For the compiler: let operations follow one another. By default XLA starts all that could run at once, which takes
-    more memory, and a CPU device here has but one core."""
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if jax.default_backend() == "cpu" else {}
+def compiler_options(model):
+    """At a long context XLA's CPU compiler would start all parts of attention at once, in twice the memory."""
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if jax.default_backend() != "cpu" or model.block_size <= QUERIES:
+        return {}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except RuntimeError:  # a version that does not know it
-        options = {}
+        return {}
     return options
 
 
-def make_step(objective, cfg):
+def make_step(objective, cfg, model):
     """objective(params, batch, key) -> (sum, count) becomes step(state, [(batch, key), ...], rates) -> (state, loss):
     sums and counts of the micro-batches are added up and divided once, so their sizes do not matter."""
 
@@ -441,8 +442,9 @@ def make_step(objective, cfg):
         state = adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg)
         return constrain(state, homes(state, cfg)), total / count
 
-    add_compiled = jax.jit(add, compiler_options=in_order())
-    finish_compiled = jax.jit(finish, compiler_options=in_order(), donate_argnums=() if on_metal() else 1)
+    options = compiler_options(model)
+    add_compiled = jax.jit(add, compiler_options=options)
+    finish_compiled = jax.jit(finish, compiler_options=options, donate_argnums=() if on_metal() else 1)
 
     def step(state, batches, rates):
         sums = None
@@ -671,8 +673,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
 
     batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
     whole, split = placements(cfg.batch_size)
-    step, done, asked, best = make_step(objective, cfg), about["step"], [], path.with_name("best.npz")
     writes, several, model = jax.process_index() == 0, jax.process_count() > 1, Model(**about["model"])
+    step, done, asked, best = make_step(objective, cfg, model), about["step"], [], path.with_name("best.npz")
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     flops = 6 * count + 12 * model.n_layer * model.n_embd * model.block_size  # a token (arXiv 2204.02311, appendix B)
     gather = jax.jit(lambda a: a, out_shardings=whole)

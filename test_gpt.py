@@ -188,7 +188,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
 
 @pytest.mark.parametrize("n_micro", [1, 3])  # on 6 devices, and on 2 in parts with unequal weights
 def test_a_step_takes_the_twins_gradient_however_the_batch_is_split(n_micro):
-    step, (whole, split) = gpt.make_step(objective, CFG), gpt.placements(B // n_micro)
+    step, (whole, split) = gpt.make_step(objective, CFG, MODEL), gpt.placements(B // n_micro)
     for weight in (1, 0):  # a batch without weights has gradient zero, not NaN
         parts = zip(*([gpt.put(part, split) for part in np.split(a, n_micro)] for a in (X, Y, W * weight)))
         state, mean = step(jax.device_put(STATE, whole), [(part, KEY) for part in parts], RATES)
@@ -203,7 +203,7 @@ def test_split_parameters_take_an_eighth_of_the_memory_and_the_same_steps():
     states = []
     for shard in (False, True):
         cfg = dataclasses.replace(CFG, batch_size=8, shard_params=shard)
-        step, split = gpt.make_step(functools.partial(gpt.loss, model=model), cfg), gpt.placements(8)[1]
+        step, split = gpt.make_step(functools.partial(gpt.loss, model=model), cfg, model), gpt.placements(8)[1]
         batch = [gpt.put(a, split) for a in (x, x, np.ones((8, 8), np.float32))]
         after = tree.map(gpt.put, state, gpt.homes(state, cfg))
         for t in range(3):
@@ -251,8 +251,7 @@ def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
     found = "".join(not_for_metal(jax.grad(lambda p: gpt.loss(p, BATCH, None, MODEL)[0]), PARAMS))
     assert "gather" in found and "scatter" in found and not_for_metal(lambda x: x.astype("bfloat16"), KEY)
     monkeypatch.setattr(gpt, "on_metal", lambda: True)
-    monkeypatch.setattr(gpt, "in_order", dict)  # options for the compiler, which is not asked here
-    step = gpt.make_step(objective, CFG)
+    step = gpt.make_step(objective, CFG, MODEL)
     assert not not_for_metal(lambda state: step(state, [(BATCH, KEY)] * 2, RATES), STATE)
     run = lambda p, tokens, at, cache: gpt.forward(p, tokens, MODEL, at=at, cache=cache)
     at, cache = np.array(3, np.int32), forward(PARAMS, X[0], MODEL)[1]
@@ -261,14 +260,13 @@ def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_the_step_lowers_for_nvidia_with_fused_attention_and_for_tpu(platform, monkeypatch):
-    monkeypatch.setattr(gpt, "in_order", dict)
     monkeypatch.setattr(gpt, "cudnn_can", lambda model: platform == "cuda")
     for check, says in [("check_cudnn_version", 91000), ("check_compute_capability", True),
                         ("is_cuda_compute_capability_equal", False)]:  # there is no such GPU here to ask
         monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: says, raising=False)
     model = gpt.Model(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=V, dtype="bfloat16")
     state, x = gpt.new_state(gpt.init_params(model)), np.ones((2, 64), np.int32)
-    step = gpt.make_step(functools.partial(gpt.loss, model=model), CFG)
+    step = gpt.make_step(functools.partial(gpt.loss, model=model), CFG, model)
     run = jax.jit(lambda state: step(state, [((x, x, np.float32(x)), KEY)] * 2, RATES))
     text = run.trace(state).lower(lowering_platforms=(platform,)).as_text()
     assert ("fmhaSoftmaxBackward" in text) == (platform == "cuda") and "bf16" in text
