@@ -29,7 +29,6 @@ class Config:
     top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", high=1.0)
     repetition_penalty: float = setting(1.0, "above 1 makes tokens that were there less likely", low=0.01, high=100.0)
     max_new_tokens: int = setting(200, "longest answer", low=1, high=1 << 20)
-    samples: int = setting(1, "how often to answer --prompt", low=1, high=1 << 20)
     seed: int = setting(0, "of the sampling", high=2**32 - 1)
 
 
@@ -94,9 +93,7 @@ def main(argv):
         yield from text
 
     if cfg.prompt:
-        for _ in range(cfg.samples):
-            print("".join(pieces([cfg.prompt])))
-        return
+        return print("".join(pieces([cfg.prompt])))
     if not sys.stdin.isatty():
         for number, line in enumerate(sys.stdin, 1):
             try:

@@ -23,12 +23,12 @@ import sys
 import time
 
 started, pages = pathlib.Path(sys.argv[0]).resolve(), pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-if started.suffix == ".py" and started.parent == pathlib.Path(__file__).resolve().parent and pages.exists():
-    if "[madvise]" in pages.read_text() and "GLIBC_TUNABLES" not in os.environ:
-        # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, a quarter of a step's time, or of 2 MB if
-        # the C library asks for them. It reads that when a program starts, so this one starts once more.
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+ours = started.suffix == ".py" and started.parent == pathlib.Path(__file__).resolve().parent
+if ours and os.access(pages, os.R_OK) and "[madvise]" in pages.read_text() and "GLIBC_TUNABLES" not in os.environ:
+    # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, which takes up to a third of the step, or
+    # of 2 MB if the C library asks for them. It reads that when a program starts, so this one starts once more.
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import numpy as np
 
@@ -166,8 +166,8 @@ def drop(x, model, key):
 
 
 def head(q, k, v, allowed):
-    """One attention head (arXiv 1706.03762, eq. 1): q (T, D), already divided by sqrt(D), k and v (S, D), allowed (T, S)
-    -> (T, D), and the logarithms of the softmax's denominators (T,)."""
+    """One attention head (arXiv 1706.03762, eq. 1): q (T, D), divided by sqrt(D) already, k and v (S, D), allowed
+    (T, S) -> (T, D), and the logarithms of the softmax's denominators (T,)."""
     scores = jnp.where(allowed, q @ k.T, -1e9)  # finite: -inf gives NaN on Metal
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
@@ -179,7 +179,7 @@ QUERIES = 128
 
 
 def parts(T):
-    """So many queries at a time, which see only the keys up to their own: half the work. -> (first, end, mask) of each."""
+    """So many queries at a time, which see only the keys up to their own: half the work. -> (start, end, mask) each."""
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         yield start, end, np.tri(end - start, end, start, dtype=bool)
@@ -199,8 +199,8 @@ def causal_head_forward(q, k, v):
 
 
 def causal_head_backward(saved, dy):
-    """With P = softmax(scores), one row a query: dV = P^T dY, dP = dY V^T, dscores = P (dP - sum(dP P)), and that last sum
-    is that of dY Y. Here transposed, one row a key."""
+    """With P = softmax(scores), a row for each query: dV = P^T dY, dP = dY V^T, dscores = P (dP - sum(dP P)), where the
+    sum is that of dY Y; dQ = dscores K, dK = dscores^T Q. Here all is transposed, a row for each key."""
     q, k, v, y, logs = saved
     common, dq, dk, dv = (dy * y).sum(-1), [], 0, 0
     for start, end, allowed in parts(len(q)):
@@ -828,10 +828,6 @@ def main(argv):
     print(f"{placements(cfg.batch_size)[0].mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters,"
           f" {tokens} tokens a step, {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
           f" expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
-    epochs = cfg.max_steps * tokens / len(ids)
-    if epochs > 10 and not cfg.minutes:
-        print(f"note: {cfg.max_steps} steps are {epochs:.0f} epochs, enough to learn so small a text by heart: watch"
-              " the validation loss; fewer --max_steps, --dropout 0.1 or a smaller --n_embd help")
     if not cfg.resume:
         state = new_state(state["params"])
         about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)
