@@ -5,15 +5,13 @@
     python gpt.py --resume                 # goes on after Ctrl-C or a power cut
 
 The model is written for one sequence; jax.vmap makes the batch, jax.grad the gradient, jax.jit the machine code.
-Reading order: settings, parameters, layers, model, loss, (bfloat16), optimiser, step, data, generation, checkpoint,
-loop, main.
+Reading order: settings, parameters, layers, model, loss, optimiser, step, data, generation, checkpoint, loop, main.
 
     B batch   T time (tokens)   S time of keys and values   C width   H heads   D = C / H   V vocabulary
 """
 import csv
 import dataclasses
 import functools
-import inspect
 import json
 import math
 import os
@@ -22,11 +20,10 @@ import signal
 import sys
 import time
 
-started, pages = pathlib.Path(sys.argv[0]).resolve(), pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-ours = started.suffix == ".py" and started.parent == pathlib.Path(__file__).resolve().parent
-if ours and os.access(pages, os.R_OK) and "[madvise]" in pages.read_text() and "GLIBC_TUNABLES" not in os.environ:
-    # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, which takes up to a third of the step, or
-    # of 2 MB if the C library asks for them. It reads that when a program starts, so this one starts once more.
+started = pathlib.Path(sys.argv[0]).name
+if sys.platform == "linux" and started in ("gpt.py", "sft.py", "chat.py") and "GLIBC_TUNABLES" not in os.environ:
+    # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, a sixth of the step, or of 2 MB if the C
+    # library asks for them. It reads that when a program starts, so this one starts once more.
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -39,13 +36,15 @@ from prepare import (END, InputError, Tokenizer, printable, read_flags, run, set
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")  # Apple's jax-metal needs it, nobody else minds
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # A CPU device for each core: small matrix products run faster on one core each than spread over all of them.
-    os.environ["XLA_FLAGS"] = (f"{os.environ.get('XLA_FLAGS', '')}"
-                               f" --xla_force_host_platform_device_count={os.cpu_count() or 1}")
+    devices = f" --xla_force_host_platform_device_count={os.cpu_count() or 1}"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + devices
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+NEW_JAX = jax.__version_info__ >= (0, 10)  # Macs have older versions, which lack some options
 
 # ---------------------------------------------------------------- settings
 
@@ -57,7 +56,7 @@ class Model:
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1, high=1 << 16)
     block_size: int = setting(64, "context: tokens the model sees at once", low=1, high=1 << 20)
     dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
-    dtype: str = setting("float32", "of products with weights: float32 or bfloat16", choices=["float32", "bfloat16"])
+    dtype: str = "float32"  # of products with weights, or "bfloat16"
     vocab_size: int = 0  # the tokenizer's, not a flag
 
 
@@ -87,6 +86,8 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training, Model):
+    dtype: str = setting("auto", "of products with weights; auto: bfloat16 on a CPU that is fast at it, else float32",
+                         choices=["auto", "float32", "bfloat16"])
     init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
     coordinator: str = setting("", "several hosts: address of process 0 (SLURM and Cloud TPU need none)",
                                metavar="HOST:PORT")
@@ -97,6 +98,19 @@ class Config(Training, Model):
 MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every", "sample_every", "data_dir",
               "out_dir", "resume", "shard_params", "coordinator", "num_processes", "process_id"}
 
+
+def on_metal():
+    """Apple's GPU through jax-metal lacks some operations; the code keeps to those it has."""
+    return jax.default_backend().lower() in ("metal", "mps", "mtl")
+
+
+def fast_dtype():
+    """bfloat16 on a CPU that multiplies it natively, as Linux tells; else float32."""
+    cpu = pathlib.Path("/proc/cpuinfo")
+    native = jax.default_backend() == "cpu" and NEW_JAX and cpu.exists() and "avx512_bf16" in cpu.read_text()
+    return "bfloat16" if native else "float32"
+
+
 # ---------------------------------------------------------------- parameters
 
 
@@ -105,37 +119,72 @@ def init_params(model, seed=0):
     those that add to it zero: a block begins as the identity. NumPy's generator: the same with every version of JAX."""
     rng = np.random.default_rng(seed)
     C = model.n_embd
-    normal = lambda *shape, scale=0.5 / math.sqrt(C): rng.normal(0, scale, shape).astype(np.float32)
-    zeros = lambda *shape: np.zeros(shape, np.float32)
-    block = lambda: {
-        "norm1": np.ones(C, np.float32),
-        "attn": {"wqkv": normal(C, 3 * C), "wo": zeros(C, C)},
-        "norm2": np.ones(C, np.float32),
-        "mlp": {"w_up": normal(C, 4 * C), "w_down": zeros(4 * C, C)},
-    }
-    blocks = [block() for _ in range(model.n_layer)]
+
+    def normal(*shape, scale=0.5 / math.sqrt(C)):
+        return rng.normal(0, scale, shape).astype(np.float32)
+
+    def constant(value, *shape):
+        return np.full(shape, value, np.float32)
+
+    blocks = [{
+        "norm1": constant(1, C),
+        "attn": {"wqkv": normal(C, 3 * C), "wo": constant(0, C, C)},
+        "norm2": constant(1, C),
+        "mlp": {"w_up": normal(C, 4 * C), "w_down": constant(0, 4 * C, C)},
+    } for _ in range(model.n_layer)]
     wte = normal(model.vocab_size, C, scale=0.02)  # small, being the head too: the first loss is then near ln V
-    return {"wte": wte, "blocks": blocks, "norm": np.ones(C, np.float32)}
+    return {"wte": wte, "blocks": blocks, "norm": constant(1, C)}
 
 
 # ---------------------------------------------------------------- layers
 
 
-def on_metal():
-    """Apple's GPU through jax-metal lacks some operations; the code keeps to those it has."""
-    return jax.default_backend().lower() in ("metal", "mps", "mtl")
+def rows(table, ids):
+    """table (N, C), ids (T,) -> (T, C). Metal has no usable gradient of table[ids]; there a one-hot product."""
+    return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else jnp.asarray(table)[ids]
 
 
 def matmul(x, w, model, axis=0):
-    """x (T, C) times a weight matrix w (C, N), or with axis 1 (N, C), in the model's dtype, the result in float32."""
+    """x (T, M) times a weight matrix w (M, N), or with axis 1 (N, M), in the model's dtype, the result in float32."""
     if model.dtype == "float32":
         return x @ (w if axis == 0 else w.T)
     return rounded_matmul(x, w, axis)
 
 
-def rows(table, ids):
-    """table (N, C), ids (T,) -> (T, C). Metal has no usable gradient of table[ids]; there a one-hot product."""
-    return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else jnp.asarray(table)[ids]
+def rounded(a, b, dims):
+    """Contract dims of a and b, both rounded to bfloat16, sums in float32."""
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_matmul(x, w, axis):
+    """In bfloat16. With a backward pass of its own: jax.grad would multiply bfloat16 by float32, much slower."""
+    return rounded(x, w, ((1,), (axis,)))
+
+
+def rounded_matmul_forward(x, w, axis):
+    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+
+
+def rounded_matmul_backward(axis, saved, dy):
+    x, w = saved
+    dw = weight_gradient(x, dy) if axis == 0 else weight_gradient(dy, x)
+    return rounded(dy, w, ((1,), (1 - axis,))), dw
+
+
+rounded_matmul.defvjp(rounded_matmul_forward, rounded_matmul_backward)
+
+
+@jax.custom_batching.custom_vmap
+def weight_gradient(a, b):
+    """Of one sequence: a (T, M), b (T, N) -> (M, N)."""
+    return rounded(a, b, ((0,), (0,)))
+
+
+@weight_gradient.def_vmap
+def _(size, batched, a, b):  # of a batch, summed, as one product: vmap would make B products and add them
+    return rounded(a, b, ((0, 1), (0, 1))), False
 
 
 def norm(x, gain):
@@ -223,8 +272,8 @@ def cudnn_can(model):
     return "NVIDIA" in jax.devices()[0].device_kind and model.dtype == "bfloat16" and size <= 128 and size % 8 == 0
 
 
-def heads_by_cudnn(q, k, v, model):
-    q, k, v = (z.transpose(1, 0, 2).astype(model.dtype) for z in (q, k, v))
+def heads_by_cudnn(q, k, v):
+    q, k, v = (z.transpose(1, 0, 2).astype(jnp.bfloat16) for z in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0, implementation="cudnn")
     return y.transpose(1, 0, 2).astype(np.float32)
 
@@ -240,7 +289,7 @@ def attention(x, wqkv, wo, where, cache, model):
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
         y, _ = jax.vmap(head, (0, 0, 0, None))(q, k, v, where["allowed"])
     else:
-        y = heads_by_cudnn(q, k, v, model) if cudnn_can(model) else jax.vmap(causal_head)(q, k, v)
+        y = heads_by_cudnn(q, k, v) if cudnn_can(model) else jax.vmap(causal_head)(q, k, v)
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
 
@@ -265,10 +314,9 @@ def forward(params, tokens, model, key=None, at=None, cache=None):
     Training needs no more. Generation asks for one position only: the logits after tokens[at] (1, V) when it fills the
     cache, and with `cache` given, the logits after the one token (1,) that now stands at position `at`.
     """
-    T = len(tokens)
     cos, sin = rotation(model)
     if cache is None:
-        where = dict(cos=cos[:T], sin=sin[:T])
+        where = dict(cos=cos[:len(tokens)], sin=sin[:len(tokens)])
         cache = [None] * model.n_layer
     else:
         S = np.arange(model.block_size)
@@ -307,45 +355,6 @@ def loss(params, batch, key, model):
     return (losses * w).sum(), w.sum()
 
 
-# ---------------------------------------------------------------- products in bfloat16
-
-
-def rounded_dot(a, b, dims):
-    """Contract dims of a and b, rounded to bfloat16, summed in float32."""
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rounded_matmul(x, w, axis):
-    """As matmul. With a backward pass of its own: jax.grad would multiply bfloat16 by float32, at float32's speed."""
-    return rounded_dot(x, w, ((1,), (axis,)))
-
-
-def rounded_forward(x, w, axis):
-    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-
-
-def rounded_backward(axis, saved, dy):
-    x, w = saved
-    dw = weight_gradient(x, dy) if axis == 0 else weight_gradient(dy, x)
-    return rounded_dot(dy, w, ((1,), (1 - axis,))), dw
-
-
-rounded_matmul.defvjp(rounded_forward, rounded_backward)
-
-
-@jax.custom_batching.custom_vmap
-def weight_gradient(a, b):
-    """Of one sequence: a (T, M), b (T, N) -> (M, N)."""
-    return rounded_dot(a, b, ((0,), (0,)))
-
-
-@weight_gradient.def_vmap
-def _(size, batched, a, b):  # of a batch, summed, as one product: vmap would make B products and add them
-    return rounded_dot(a, b, ((0, 1), (0, 1))), False
-
-
 # ---------------------------------------------------------------- optimiser
 
 
@@ -363,22 +372,27 @@ def rates(step, cfg):
     return np.array([learning_rate(step, cfg), 1 - cfg.beta1 ** (step + 1), 1 - cfg.beta2 ** (step + 1)], np.float32)
 
 
+def new_state(params):
+    """Parameters and Adam's two moments, alike nested dicts."""
+    return dict(params=params, m=jax.tree.map(np.zeros_like, params), v=jax.tree.map(np.zeros_like, params))
+
+
 def adam(state, grads, rates, cfg):
     """One step of Adam (arXiv 1412.6980) with decoupled weight decay of matrices (arXiv 1711.05101) and the gradient
-    clipped to a global norm. state: params and both moments m, v, alike nested dicts."""
+    clipped to a global norm."""
     lr, correct1, correct2 = rates
     length = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
     scale = jnp.minimum(1.0, cfg.grad_clip / (length + 1e-6)) if cfg.grad_clip else 1.0
-    grads = jax.tree.map(lambda g: g * scale, grads)
-    m = jax.tree.map(lambda m, g: m + (1 - cfg.beta1) * (g - m), state["m"], grads)
-    v = jax.tree.map(lambda v, g: v + (1 - cfg.beta2) * (g * g - v), state["v"], grads)
-    move = lambda p, m, v: m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + (cfg.weight_decay * p if p.ndim > 1 else 0)
-    return dict(params=jax.tree.map(lambda p, m, v: p - lr * move(p, m, v), state["params"], m, v), m=m, v=v)
 
+    def update(p, m, v, g):
+        g = g * scale
+        m = m + (1 - cfg.beta1) * (g - m)
+        v = v + (1 - cfg.beta2) * (g * g - v)
+        decay = cfg.weight_decay * p if p.ndim > 1 else 0
+        return p - lr * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay), m, v
 
-def new_state(params):
-    zeros = lambda: jax.tree.map(np.zeros_like, params)
-    return dict(params=params, m=zeros(), v=zeros())
+    updated = jax.tree.map(update, state["params"], state["m"], state["v"], grads)
+    return dict(zip(("params", "m", "v"), jax.tree.transpose(jax.tree.structure(grads), None, updated)))
 
 
 # ---------------------------------------------------------------- step
@@ -396,12 +410,11 @@ def placements(batch_size, devices=None):
 def homes(state, cfg):
     """Where each array of the state lives between steps: whole on every device, or with --shard_params split along the
     first axis that the devices divide (ZeRO, arXiv 1910.02054)."""
-    whole, _ = placements(cfg.batch_size)
-    n = whole.mesh.size
+    mesh = placements(cfg.batch_size)[0].mesh
 
     def home(a):
-        axis = next((i for i, size in enumerate(a.shape) if cfg.shard_params and size % n == 0), a.ndim)
-        return NamedSharding(whole.mesh, PartitionSpec(*[None] * axis, *["data"] * (axis < a.ndim)))
+        axes = [i for i, size in enumerate(a.shape) if cfg.shard_params and size % mesh.size == 0]
+        return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "data") if axes else PartitionSpec())
 
     return jax.tree.map(home, state)
 
@@ -411,46 +424,36 @@ def put(array, placement):
     return jax.make_array_from_callback(np.shape(array), placement, lambda part: np.asarray(array)[part])
 
 
-def compiler_options(model):
-    """At a long context XLA's CPU compiler would start all parts of attention at once, in twice the memory."""
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    if jax.default_backend() != "cpu" or model.block_size <= QUERIES:
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except RuntimeError:  # a version that does not know it
-        return {}
-    return options
-
-
 def make_step(objective, cfg, model):
     """objective(params, batch, key) -> (sum, count) becomes step(state, [(batch, key), ...], rates) -> (state, loss):
     sums and counts of the micro-batches are added up and divided once, so their sizes do not matter."""
 
-    def constrain(tree, placement):
+    def place(tree, placement):
         return jax.lax.with_sharding_constraint(tree, placement) if cfg.shard_params else tree
 
     def add(sums, params, batch, key):
-        params = constrain(params, placements(cfg.batch_size)[0])  # gathered for the two passes
+        params = place(params, placements(cfg.batch_size)[0])  # gathered for the two passes
         (total, count), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
-        grads = constrain(grads, homes(grads, cfg))
-        return jax.tree.map(jnp.add, sums, (grads, total, count)) if sums else (grads, total, count)
+        new = place(grads, homes(grads, cfg)), total, count
+        return jax.tree.map(jnp.add, sums, new) if sums else new
 
-    def finish(sums, state, batch, key, rates):
-        grads, total, count = add(sums, state["params"], batch, key)
+    def update(state, sums, rates):
+        grads, total, count = sums
         count = jnp.maximum(count, 1)
         state = adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg)
-        return constrain(state, homes(state, cfg)), total / count
+        return place(state, homes(state, cfg)), total / count
 
-    options = compiler_options(model)
-    add_compiled = jax.jit(add, compiler_options=options)
-    finish_compiled = jax.jit(finish, compiler_options=options, donate_argnums=() if on_metal() else 1)
+    # XLA would start all parts of attention at once; one after the other they need less memory and are no slower.
+    in_order = NEW_JAX and jax.default_backend() == "cpu" and model.block_size > QUERIES
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if in_order else {}
+    add = jax.jit(add, compiler_options=options)
+    update = jax.jit(update, donate_argnums=() if on_metal() else 0)
 
     def step(state, batches, rates):
         sums = None
-        for batch, key in batches[:-1]:
-            sums = jax.block_until_ready(add_compiled(sums, state["params"], batch, key))
-        return finish_compiled(sums, state, *batches[-1], rates)
+        for batch, key in batches:  # one at a time: two in flight on virtual CPU devices can block each other
+            sums = jax.block_until_ready(add(sums, state["params"], batch, key))
+        return update(state, sums, rates)
 
     return step
 
@@ -523,35 +526,32 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
 def make_generator(model):
     """-> generate(params, prompts, choose, max_new_tokens), compiled once for any length of prompt.
 
-    prompts: lists of ids; choose(row, logits (V,), ids so far) -> id. Yields after each step the list of new ids, None
-    for a row that has said END. The cache holds block_size tokens; a row that fills it goes on from its last half.
+    prompts: lists of ids; choose(row, logits (V,), ids in the context) -> id. Yields after each step the list of new
+    ids, None for a row that has said END. A row that fills the context goes on from its last half.
     """
     model = dataclasses.replace(model, dropout=0.0)
     T = model.block_size
-    each = lambda f, *axes: jax.jit(jax.vmap(f, axes))
-    prefill = each(lambda p, tokens, at: forward(p, tokens, model, at=at), None, 0, 0)
-    advance = each(lambda p, token, at, cache: forward(p, token[None], model, at=at, cache=cache), None, 0, 0, 0)
+    prefill = jax.jit(jax.vmap(lambda p, tokens, at: forward(p, tokens, model, at=at), (None, 0, 0)))
+    advance = jax.jit(jax.vmap(lambda p, token, at, cache: forward(p, token[None], model, at=at, cache=cache),
+                               (None, 0, 0, 0)))
 
     def generate(params, prompts, choose, max_new_tokens):
-        rows, alive = [list(p) for p in prompts], [True] * len(prompts)
-        start, cache = [max(0, len(r) - T) for r in rows], None  # where the window of each row begins
+        rows, alive, cache = [list(p[-T:]) for p in prompts], [True] * len(prompts), None
         whole, placed = placements(len(rows), jax.local_devices())
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
-            if cache is None or any(len(r) - s > T for r, s in zip(rows, start)):
-                start = [s if len(r) - s <= T else len(r) - (T // 2 + 1) for r, s in zip(rows, start)]
-                tokens, cache = [r[s:] + [END] * (T - len(r) + s) for r, s in zip(rows, start)], ()
+            if any(len(r) > T for r in rows):
+                rows, cache = [r if len(r) <= T else r[-(T // 2 + 1):] for r in rows], None
+            at = put(np.array([len(r) - 1 for r in rows], np.int32), placed)
+            if cache is None:
+                tokens = np.array([r + [END] * (T - len(r)) for r in rows], np.int32)
+                logits, cache = prefill(params, put(tokens, placed), at)
             else:
-                tokens = [r[-1] for r in rows]
-            at = [len(r) - s - 1 for r, s in zip(rows, start)]
-            tokens, at = (put(np.array(a, np.int32), placed) for a in (tokens, at))
-            logits, cache = advance(params, tokens, at, cache) if cache else prefill(params, tokens, at)
-            new = []
-            for i, row in enumerate(np.asarray(logits)[:, 0]):
-                new.append(choose(i, row, rows[i]) if alive[i] else None)
-                alive[i] = alive[i] and new[i] != END
-                if alive[i]:
-                    rows[i].append(new[i])
+                tokens = np.array([r[-1] for r in rows], np.int32)
+                logits, cache = advance(params, put(tokens, placed), at, cache)
+            new = [choose(i, row[0], rows[i]) if alive[i] else None for i, row in enumerate(np.asarray(logits))]
+            alive = [id not in (None, END) for id in new]
+            rows = [r + [id] if goes_on else r for r, id, goes_on in zip(rows, new, alive)]
             yield new
             if not any(alive):
                 return
@@ -601,6 +601,8 @@ def load_checkpoint(path):
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__}: {printable(str(e))[:80]});"
                          " take an earlier one, such as *.prev.npz") from None
+    if on_metal():
+        model = dataclasses.replace(model, dtype="float32")
     return jax.tree_util.tree_unflatten(structure, [arrays[name] for name in leaves]), about, model, tokenizer
 
 
@@ -613,22 +615,16 @@ def make_if_missing(path, script, flags=()):
         script([*flags, *["--resume"] * bool(about)])
 
 
+def resume_config(cfg, given, saved, path):
+    """The settings that a checkpoint was made with, with the flags given if they may change; others are refused."""
+    for name in given & saved.keys() - MAY_CHANGE:
+        if saved[name] != getattr(cfg, name):
+            raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
+                             " leave it out or start afresh")
+    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given | {"resume", "out_dir"}})
+
+
 # ---------------------------------------------------------------- loop
-
-
-def sum_up(log_path, width=64, height=8):
-    """The run's losses as a small plot in plain characters -> how many validations ago the lowest was."""
-    with open(log_path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    losses = [float(row["train_loss"]) for row in rows]
-    means = [float(np.mean(part)) for part in np.array_split(losses, min(width, len(losses)))]
-    low, high = min(means), max(means)
-    level = [round((m - low) / max(high - low, 1e-9) * (height - 1)) for m in means]
-    labels = [f"{high:.2f}"] + [""] * (height - 2) + [f"{low:.2f}"]
-    for h, label in zip(reversed(range(height)), labels):
-        print(f"{label:>7} |" + "".join("*" if l == h else " " for l in level).rstrip())
-    seen = [float(row["val_loss"]) for row in rows if row["val_loss"]]
-    return len(seen) - 1 - int(np.argmin(seen)) if seen else 0
 
 
 def begin_log(path, step):
@@ -638,6 +634,21 @@ def begin_log(path, step):
     with whole_file(path) as file:
         header = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
         file.write("".join(f"{line}\n" for line in [header, *lines]).encode())
+
+
+def sum_up(log_path, width=64, height=8):
+    """The run's losses as a small plot in plain characters -> how many validations ago the lowest was."""
+    with open(log_path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["train_loss"]) for row in rows]
+    means = [np.mean(part) for part in np.array_split(losses, min(width, len(losses)))]
+    low, high = min(means), max(means)
+    level = [round((m - low) / max(high - low, 1e-9) * (height - 1)) for m in means]
+    for h in reversed(range(height)):
+        label = {height - 1: f"{high:.2f}", 0: f"{low:.2f}"}.get(h, "")
+        print(f"{label:>7} |" + "".join("*" if l == h else " " for l in level).rstrip())
+    seen = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    return len(seen) - 1 - int(np.argmin(seen)) if seen else 0
 
 
 def keep_previous(*paths):
@@ -658,10 +669,10 @@ def steps_in(cfg, state, step, batches, validate):
         times.append(time.time())
     seconds = np.median(np.diff(times)[2:])
     if validate and cfg.eval_every:
-        validate(state["params"])
-        t = time.time()
-        validate(state["params"])
-        seconds += (time.time() - t) / cfg.eval_every
+        for _ in range(2):  # the first also compiles
+            begun = time.time()
+            validate(state["params"])
+        seconds += (time.time() - begun) / cfg.eval_every
     steps = max(1, int((60 * cfg.minutes - (time.time() - times[0])) / seconds))
     steps = int(multihost_utils.broadcast_one_to_all(np.int32(steps)))  # process 0 decides
     print(f"{1000 * seconds:.0f} ms a step: {steps} steps in {cfg.minutes:g} minutes")
@@ -674,11 +685,13 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
     batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
     whole, split = placements(cfg.batch_size)
     writes, several, model = jax.process_index() == 0, jax.process_count() > 1, Model(**about["model"])
-    step, done, asked, best = make_step(objective, cfg, model), about["step"], [], path.with_name("best.npz")
+    step, done, best = make_step(objective, cfg, model), about["step"], path.with_name("best.npz")
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     flops = 6 * count + 12 * model.n_layer * model.n_embd * model.block_size  # a token (arXiv 2204.02311, appendix B)
     gather = jax.jit(lambda a: a, out_shardings=whole)
-    fetch = lambda tree: jax.tree.map(lambda a: np.asarray(a if a.is_fully_replicated else gather(a)), tree)
+
+    def fetch(tree):
+        return jax.tree.map(lambda a: np.asarray(a if a.is_fully_replicated else gather(a)), tree)
 
     def batches_of(step):
         numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
@@ -691,11 +704,11 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             save_checkpoint(path, whole_state, about)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    batches, began, place = batches_of(done), time.time() - about["seconds"], homes(state, cfg)
+    batches, began, home = batches_of(done), time.time() - about["seconds"], homes(state, cfg)
     if cfg.minutes and not done:
-        used_up = jax.tree.map(put, state, place)
+        used_up = jax.tree.map(put, state, home)
         cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, used_up, step, batches, validate))
-    state = jax.tree.map(put, state, place)
+    state = jax.tree.map(put, state, home)
     if not done:
         save(begun := path.with_name("begun.npz"))  # a folder that cannot be written fails now, nothing touched
     if writes:
@@ -703,14 +716,15 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
             os.replace(begun, path)
         begin_log(log_path, done)
-    handlers = [(s, signal.signal(s, lambda *_: asked.append(True))) for s in (signal.SIGINT, signal.SIGTERM)]
-    busy, first, since, stop = 0.0, done, done, False
+    asked = []
+    handlers = {s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
+    busy, first, logged, stop = 0.0, done, done, False
     while done < cfg.max_steps and not stop:
         t = time.time()
         state, value = step(state, batches, rates(done, cfg))
         done += 1
         batches = batches_of(done)  # made while the device works
-        value = float(value)  # waits: two steps in flight on virtual CPU devices can block each other
+        value = float(value)  # waits for it
         busy += time.time() - t
         stop = bool(asked)
         if several:  # they all stop after the same step
@@ -728,21 +742,20 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
                 about["best"] = seen[0]
                 save(best)
         if due(cfg.log_every) or done == 1 or last or seen[0]:
-            speed = (done - since) * sum(batch[0].size for batch, _ in batches) / busy
+            speed = (done - logged) * sum(batch[0].size for batch, _ in batches) / busy
+            busy, logged = 0.0, done
             cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), time.time() - began]
             with open(log_path if writes else os.devnull, "a") as log:
                 log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
             validation = f"validation {seen[0]:.3f}  " if seen[0] else ""
             left = time_left(started, done - first - 1, cfg.max_steps - first - 1)
-            pace = f"{speed:.0f} tokens/s, {speed * flops / 1e9:.0f} GFLOP/s  {left}"
-            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{pace}",
-                          last=last or bool(validation))
-            busy, since = 0.0, done
+            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{speed:.0f} tokens/s,"
+                          f" {speed * flops / 1e9:.0f} GFLOP/s  {left}", last=last or bool(validation))
         if last or due(cfg.save_every):
             save(path)
         if due(cfg.sample_every) and not last:
             show_sample(fetch(state["params"]))
-    for s, handler in handlers:
+    for s, handler in handlers.items():
         signal.signal(s, handler)
     if stop:
         script = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}[path.stem]
@@ -761,36 +774,21 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
 # ---------------------------------------------------------------- main
 
 
-def agree(cfg, given, saved, path):
-    """Refuse flags that contradict a checkpoint, except those that may change."""
-    for name in given - MAY_CHANGE:
-        if name in saved and saved[name] != getattr(cfg, name):
-            raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
-                             " leave it out or start afresh")
-
-
-def resume_config(cfg, given, saved, path):
-    """The configuration of an interrupted run, with the flags that may change."""
-    agree(cfg, given, saved, path)
-    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given | {"resume", "out_dir"}})
-
-
 def join(cfg):
-    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all it needs. Only process
-    0 prints and writes files; out_dir and data_dir must be folders that all of them see."""
-    cluster = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" in os.environ
-    if cfg.coordinator or cluster or "TPU_ML_PLATFORM" in os.environ:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        options = {"heartbeat_timeout_seconds": 40}  # older versions of jax notice a silent host after 100 s
-        options = options if options.keys() & inspect.signature(jax.distributed.initialize).parameters else {}
-        where = [cfg.coordinator, cfg.num_processes, cfg.process_id] if cfg.coordinator else []
-        try:
-            jax.distributed.initialize(*where, **options)
-        except (ValueError, IndexError) as e:
-            raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below --num_processes ({e})"
-                             ) from None
-        if jax.process_index():
-            sys.stdout = open(os.devnull, "w")
+    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all it needs. Process 0
+    alone prints and writes files; out_dir and data_dir must be folders that all of them see."""
+    slurm = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" in os.environ
+    if not (cfg.coordinator or slurm or "TPU_ML_PLATFORM" in os.environ):
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    where = [cfg.coordinator, cfg.num_processes, cfg.process_id] if cfg.coordinator else []
+    try:
+        jax.distributed.initialize(*where, **({"heartbeat_timeout_seconds": 40} if NEW_JAX else {}))
+    except (ValueError, IndexError) as e:
+        raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below --num_processes ({e})"
+                         ) from None
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")
 
 
 def main(argv):
@@ -800,9 +798,7 @@ def main(argv):
     start = path if cfg.resume else cfg.init
     if start:
         state, about, model, tokenizer = load_checkpoint(start)
-        agree(cfg, given, about["model"], start)
-    if cfg.resume:
-        cfg = resume_config(cfg, given, about["config"], path)
+        cfg = resume_config(cfg, given, about["config"] if cfg.resume else about["model"], start)
     data_dir = pathlib.Path(cfg.data_dir)
     if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
         raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the {jax.device_count()} devices")
@@ -810,23 +806,23 @@ def main(argv):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main(["--out_dir", str(data_dir)])
     data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
+    if cfg.dtype == "bfloat16" and on_metal():
+        raise InputError("--dtype bfloat16: not on Metal; leave it out")
     if not start:
-        tokenizer = data_tokenizer
-        sizes = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)}
-        model = Model(**sizes | {"vocab_size": tokenizer.size})
+        cfg = dataclasses.replace(cfg, vocab_size=data_tokenizer.size,
+                                  dtype=fast_dtype() if cfg.dtype == "auto" else cfg.dtype)
+        tokenizer, model = data_tokenizer, Model(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)})
         if model.n_embd % (2 * model.n_head):
             raise InputError(f"--n_embd {model.n_embd}: must be a multiple of 2 x n_head = {2 * model.n_head}")
         state = dict(params=init_params(model, cfg.seed))
     if tokenizer.merges != data_tokenizer.merges:
         raise InputError(f"{data_dir}: another vocabulary than that of {start}")
-    if model.dtype == "bfloat16" and on_metal():
-        raise InputError("--dtype bfloat16: not on Metal; leave it out")
     ids = load_tokens(data_dir / "train.bin", tokenizer, model.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, model, cfg)
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     tokens = cfg.batch_size * cfg.grad_accum * model.block_size
-    print(f"{placements(cfg.batch_size)[0].mesh.devices.size} {jax.default_backend()} device(s), {count:,} parameters,"
-          f" {tokens} tokens a step, {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
+    print(f"{placements(cfg.batch_size)[0].mesh.size} {jax.default_backend()} device(s), {model.dtype}, {count:,}"
+          f" parameters, {tokens} tokens a step, {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
           f" expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
     if not cfg.resume:
         state = new_state(state["params"])
@@ -840,9 +836,9 @@ def main(argv):
         new = [step[0] for step in generate(params, [[END]], choose, 2 * model.block_size)]
         print(f"sample: {printable(tokenizer.decode(new))}\n")
 
-    objective = functools.partial(loss, model=model)
     try:
-        state = train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample)
+        state = train(cfg, state, about, functools.partial(loss, model=model), batch_at, validate, path, log_path,
+                      show_sample)
     except (RuntimeError, ValueError) as e:  # either, for a broken connection
         if jax.process_count() == 1:
             raise
