@@ -81,8 +81,9 @@ def read_flags(settings_class, argv, doc):
     for name, f in fields.items():
         arg = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
         arg |= f.metadata["arg"]
-        shown = f" [{f.default}]" if f.default else ""
-        parser.add_argument(arg.pop("positional", f"--{name}"), help=f.metadata["help"].replace("%", "%%") + shown, **arg)
+        shown = "" if f.type is bool or f.default in ("", (), None) else f" [{f.default}]"
+        help = f.metadata["help"].replace("%", "%%") + shown
+        parser.add_argument(arg.pop("positional", f"--{name}"), help=help, **arg)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in fields], 1)
@@ -141,14 +142,12 @@ WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?[^\W\d_]{1,255}|\d{1,3}| ?(?:
 
 def merge(ids, pair, new):
     """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
-    out, i = [], 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            out.append(new)
-            i += 2
+    out = []
+    for id in ids:
+        if id == pair[1] and out and out[-1] == pair[0]:
+            out[-1] = new
         else:
-            out.append(ids[i])
-            i += 1
+            out.append(id)
     return out
 
 
@@ -237,14 +236,14 @@ class Tokenizer:
 
     def to_json(self):
         """Readable: one merge a line, as the two ids and what they spell."""
-        rows = (json.dumps([a, b, self.bytes[FIRST_MERGE + i].decode("utf-8", "replace")], ensure_ascii=False)
-                for i, (a, b) in enumerate(self.merges))
+        rows = [json.dumps([a, b, spelled.decode("utf-8", "replace")], ensure_ascii=False)
+                for (a, b), spelled in zip(self.merges, self.bytes[FIRST_MERGE:])]
         head = f'{{"type": "pygpt byte-level bpe", "special": {json.dumps(SPECIAL)}, "merges": [\n'
         return head + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
     def load(cls, path):
-        return cls.from_json(pathlib.Path(path).read_bytes().decode("utf-8", "replace"), path)
+        return cls.from_json(pathlib.Path(path).read_text("utf-8", "replace"), path)
 
     @classmethod
     def from_json(cls, text, source):
@@ -265,9 +264,9 @@ PIECE = 1 << 20  # characters; text is read and encoded in pieces of about this 
 TEXT_FILES = {".txt", ".md", ".jsonl"}
 
 
-def read_lines(path, seen=None):
+def read_lines(path):
     """A file (decompressed when its name ends in .gz or .bz2, "-" for standard input) -> (line, "file:line"). Refuses
-    what is clearly not UTF-8 text; `seen` counts its bytes and those that are invalid, which become U+FFFD."""
+    what is clearly not UTF-8 text; single bytes that are not become U+FFFD."""
     source, number = "standard input" if path == "-" else path, 0
     unpack = {".gz": gzip.open, ".bz2": bz2.open}.get(pathlib.Path(path).suffix, open)
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else unpack(path, "rb") as file:
@@ -278,53 +277,44 @@ def read_lines(path, seen=None):
                     raise InputError(f"{source}:{number}: UTF-16 text; save it as UTF-8 first")
                 if b"\0" in raw:
                     raise InputError(f"{source}:{number}: not text (it has zero bytes)")
-                line = raw.decode("utf-8", "replace").removeprefix("\ufeff")
-                if seen is not None:
-                    seen.update({"bytes": len(raw), "replaced": line.count("\ufffd")})
-                yield line, f"{source}:{number}"
+                yield raw.decode("utf-8", "replace").removeprefix("\ufeff"), f"{source}:{number}"
         except (OSError, EOFError, zlib.error) as e:
             raise InputError(f"{source}: damaged, cannot read beyond line {number} ({e})") from None
 
 
-def files_in(path):
-    """A folder -> the text files in it, in order of their names; anything else -> itself."""
-    if path == "-" or not stat.S_ISDIR(os.stat(path).st_mode):  # raises an error when there is no such file
-        return [path]
-    inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if set(p.suffixes[-2:]) & TEXT_FILES)
-    if not inside:
-        raise InputError(f"{path}: a folder without text files (.txt, .md, .jsonl, also as .gz or .bz2)")
-    return inside
+def json_text(line, source):
+    """One JSON line -> its "text"."""
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        if isinstance(text := json.loads(line)["text"], str):
+            return text
+    raise InputError(f'{source}: not a JSON object with a "text" string')
 
 
-def read_documents(paths, seen, max_bytes):
-    """Files and folders -> (line, whether a document ends there); a JSON line is a document of its own."""
-    for path in [file for path in paths for file in files_in(path)]:
-        before, json_lines = seen["bytes"], ".jsonl" in pathlib.Path(path).suffixes[-2:]
-        if before >= max_bytes:
-            break
-        for line, source in read_lines(path, seen):
+def read_documents(paths, max_bytes):
+    """Files and folders of them -> (line, whether a document ends there); a JSON line is a document of its own."""
+    files, size, invalid = [], 0, 0
+    for path in paths:
+        is_folder = path != "-" and stat.S_ISDIR(os.stat(path).st_mode)  # what is missing is an error now, not later
+        inside = (str(p) for p in pathlib.Path(path).rglob("*") if TEXT_FILES & set(p.suffixes[-2:]))
+        files += sorted(inside) if is_folder else [path]
+    for path in files:
+        before, json_lines = size, ".jsonl" in pathlib.Path(path).suffixes[-2:]
+        for line, source in read_lines(path):
+            if size >= max_bytes:
+                break
+            size += len(line.encode())
+            invalid += line.count("\ufffd")
             json_lines = json_lines or (source == "standard input:1" and line.startswith('{"'))
             if not json_lines:
                 yield line, False
             elif line.strip():
                 yield json_text(line, source), True
-            if seen["bytes"] >= max_bytes:
-                break
-        if seen["bytes"] > before and not json_lines:
+        if size > before and not json_lines:
             yield "", True
-    if not seen["bytes"]:
-        raise InputError(f"{path}: empty; give it some text")
-
-
-def json_text(line, source):
-    """One JSON line -> its "text"."""
-    try:
-        text = json.loads(line)["text"]
-        if isinstance(text, str):
-            return text
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise InputError(f'{source}: not a JSON object with a "text" string')
+    if not size:
+        raise InputError(f"{path}: empty; give it some text (in a folder: {', '.join(sorted(TEXT_FILES))})")
+    if invalid:
+        show_progress(f"warning: {invalid} invalid UTF-8 sequences became U+FFFD", last=True)
 
 
 def in_groups(lines):
@@ -349,7 +339,7 @@ def encode_group(group, tokenizer):
     return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], "<u2")
 
 
-def write_tokens(lines, vocab_size, val_fraction, out_dir, seen):
+def write_tokens(lines, vocab_size, val_fraction, out_dir):
     """Lines of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
     characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written."""
     started, groups, words, length = time.time(), in_groups(lines), Counter(), 0
@@ -360,7 +350,8 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, seen):
     fitting = max(384, min(1 << 15, round(math.sqrt(length) / 2)))  # a token that is hardly ever seen is hardly learned
     tokenizer = Tokenizer(train_bpe(words, vocab_size or fitting))
     encode = functools.partial(encode_group, tokenizer=tokenizer)
-    groups, at_once, size, ends = itertools.chain(first, groups), 4 * (os.cpu_count() or 1), 0, [np.array([], int)]
+    groups, at_once = itertools.chain(first, groups), 4 * (os.cpu_count() or 1)
+    size, n_bytes, bytes_of, ends = 0, 0, np.array([len(b) for b in tokenizer.bytes]), [np.array([], int)]
     out_dir.mkdir(parents=True, exist_ok=True)
     workers = Pool() if len(first) > 4 else contextlib.nullcontext()
     with whole_file(out_dir / "train.bin") as train, workers as pool:
@@ -369,7 +360,8 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, seen):
                 ids.tofile(train)
                 ends.append(np.flatnonzero(ids == END) + size + 1)
                 size += len(ids)
-            show_progress(f"{seen['bytes'] / 1e6:.0f} MB read, {size / 1e6:.1f} M tokens")
+                n_bytes += bytes_of[ids].sum()
+            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens")
         ends, cut = np.concatenate(ends), int(size * (1 - val_fraction))
         if len(ends) > 1:  # whole documents
             cut = int(ends[np.searchsorted(ends[:-2], cut)])
@@ -380,9 +372,9 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, seen):
             shutil.copyfileobj(train, val)
             readable.write(tokenizer.to_json().encode())
         train.truncate(2 * cut)
-    show_progress(f"{out_dir}: {len(ends)} documents, {seen['bytes'] / 1e6:.2f} MB, {cut} + {size - cut} tokens"
-                  f" ({seen['bytes'] / size:.2f} bytes each), vocabulary {tokenizer.size},"
-                  f" {time.time() - started:.1f} s", last=True)
+    show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut} tokens"
+                  f" ({n_bytes / size:.2f} bytes each), vocabulary {tokenizer.size}, {time.time() - started:.1f} s",
+                  last=True)
 
 
 # ---------------------------------------------------------------- the built-in corpus
@@ -402,19 +394,8 @@ def read_csv(name):
     return csv.DictReader(pathlib.Path(__file__).with_name("data").joinpath(name).read_text("utf-8").splitlines())
 
 
-def read_world():
-    """world.csv -> a list of {subject: {attribute: value}}: a country and its capital, or an element."""
-    world = []
-    for row in read_csv("world.csv"):
-        subjects = {row["name"]: {a: v for a, v in row.items() if v and a not in ("name", "kind")}}
-        if row["capital"]:
-            subjects.setdefault(row["capital"], {})["country"] = row["name"]
-        world.append(subjects)
-    return world
-
-
 def read_wordings():
-    """wordings.csv -> {(about, use): [wording, ...]}; the uses "seen" and "new" are all questions after an attribute."""
+    """wordings.csv -> {(about, use): [wording, ...]}; uses "seen" and "new" get all questions after an attribute."""
     say = defaultdict(list)
     for row in read_csv("wordings.csv"):
         if row["use"] == "small talk":
@@ -433,11 +414,11 @@ def built_in_corpus(seed):
     The rows of world.csv are divided once: A has its facts in documents and in questions, B only in documents, C in
     neither, it is just named. What the model answers about B it can only have learned in pretraining.
     """
-    rng, say, world = random.Random(seed), read_wordings(), read_world()
+    rng, say, world = random.Random(seed), read_wordings(), list(read_csv("world.csv"))
     documents, train, test, facts = [], [], [], {"A": [], "B": [], "C": []}
     pick = lambda use, about="any": rng.choice(say[about, use])
     answer = lambda x, a, v: fill(say[a, "statement"][0], x, v)
-    exchange = lambda x, a, v, _: [vary(fill(pick("seen", a), x)), answer(x, a, v)]
+    question_and_answer = lambda x, a, v: [vary(fill(pick("seen", a), x)), answer(x, a, v)]
 
     def vary(question):
         """The same question as people type it: words before or after it, no final mark, small letters."""
@@ -459,8 +440,11 @@ def built_in_corpus(seed):
         return dict(messages=[dict(role=r, content=c) for r, c in zip(["user", "assistant"] * 2, turns)])
 
     rng.shuffle(world)
-    for i, subjects in enumerate(world):
+    for i, row in enumerate(world):
         group = "C" if i < len(world) * 0.1 else "B" if i < len(world) * 0.25 else "A"
+        subjects = {row["name"]: {a: v for a, v in row.items() if v and a not in ("name", "kind")}}
+        if row["capital"]:
+            subjects.setdefault(row["capital"], {})["country"] = row["name"]
         for x, about in subjects.items():
             facts[group] += [(x, a, v, about) for a, v in about.items()]
             for _ in range(10 if group == "C" else {1: 12, 2: 20}.get(len(about), 30)):
@@ -471,18 +455,17 @@ def built_in_corpus(seed):
                     told = rng.sample(list(about.items()) * 4, 4)
                     sentences += [fill(pick("statement", a), x, v) for a, v in told]
                 documents.append(" ".join(s.lower() if rng.random() < 0.15 else s for s in sentences))
-    for fact in facts["A"] * 16:
-        turns, (x, a, _, about) = exchange(*fact), fact
+    for x, a, v, about in facts["A"] * 16:
+        turns = question_and_answer(x, a, v)
         others = [b for b in about if b != a and say[b, "follow-up"]]
         if others and rng.random() < 0.1:
             b = rng.choice(others)
             follow_up = pick("follow-up frame").replace("{n}", pick("follow-up", b))
             turns += [vary(follow_up), answer(x, b, about[b])]
         elif rng.random() < 0.15:  # or something else after another answer
-            other = rng.choice(facts["A"])
-            second = small_talk() if rng.random() < 0.4 else exchange(*other)
-            first = turns if rng.random() < 0.8 else small_talk()
-            turns = first + second
+            x, a, v, _ = rng.choice(facts["A"])
+            second = small_talk() if rng.random() < 0.4 else question_and_answer(x, a, v)
+            turns = (turns if rng.random() < 0.8 else small_talk()) + second
         train.append(record(turns))
     train += [record(small_talk()) for _ in range(len(train) // 20)]
     for group, use in [("A", "seen"), ("A", "new"), ("B", "seen"), ("B", "new"), ("C", "seen")]:
@@ -516,16 +499,12 @@ def main(argv):
     s, _ = read_flags(Settings, argv, __doc__)
     if 0 < s.vocab_size < FIRST_MERGE:
         raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes and special tokens")
-    out_dir, seen = pathlib.Path(s.out_dir), Counter()
+    out_dir = pathlib.Path(s.out_dir)
     if s.inputs:
-        lines = read_documents(s.inputs, seen, s.max_bytes or math.inf)
-        write_tokens(lines, s.vocab_size, s.val_fraction, out_dir, seen)
-        if seen["replaced"]:
-            print(f"warning: {seen['replaced']} invalid UTF-8 sequences became U+FFFD")
+        write_tokens(read_documents(s.inputs, s.max_bytes or math.inf), s.vocab_size, s.val_fraction, out_dir)
     else:
         documents, train, test = built_in_corpus(s.seed)
-        seen["bytes"] = sum(len(d.encode()) for d in documents)
-        write_tokens(((d, True) for d in documents), s.vocab_size or 2048, s.val_fraction, out_dir, seen)
+        write_tokens(((d, True) for d in documents), s.vocab_size or 2048, s.val_fraction, out_dir)
         for name, records in [("qa.jsonl", train), ("qa_test.jsonl", test)]:
             with whole_file(out_dir / name) as file:
                 file.writelines(f"{json.dumps(r, ensure_ascii=False)}\n".encode() for r in records)
