@@ -18,7 +18,6 @@ import gzip
 import heapq
 import itertools
 import json
-import math
 import os
 import pathlib
 import random
@@ -71,12 +70,7 @@ def setting(default, help, low=0, high=1e18, **arg):
 def read_flags(settings_class, argv, doc):
     """Command line -> (settings, the set of names that were given)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-
-    def refuse(message):
-        raise InputError(f"{message}; see --help")
-
-    parser.error = refuse
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.metadata}
     for name, f in fields.items():
         arg = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
@@ -84,10 +78,13 @@ def read_flags(settings_class, argv, doc):
         shown = "" if f.type is bool or f.default in ("", (), None) else f" [{f.default}]"
         help = f.metadata["help"].replace("%", "%%") + shown
         parser.add_argument(arg.pop("positional", f"--{name}"), help=help, **arg)
-    given, unknown = parser.parse_known_args(argv)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise InputError(f"{e}; see --help") from None
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in fields], 1)
-        refuse(f"unknown argument {unknown[0]}" + (f", did you mean {close[0]}?" if close else ""))
+        raise InputError(f"unknown argument {unknown[0]}, " + (f"did you mean {close[0]}?" if close else "see --help"))
     for name, value in vars(given).items():
         low, high = fields[name].metadata["low"], fields[name].metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -294,13 +291,14 @@ def read_documents(paths, max_bytes):
     """Files and folders of them -> (line, whether a document ends there); a JSON line is a document of its own."""
     files, size, invalid = [], 0, 0
     for path in paths:
-        is_folder = path != "-" and stat.S_ISDIR(os.stat(path).st_mode)  # what is missing is an error now, not later
-        inside = (str(p) for p in pathlib.Path(path).rglob("*") if TEXT_FILES & set(p.suffixes[-2:]))
-        files += sorted(inside) if is_folder else [path]
+        if path == "-" or not stat.S_ISDIR(os.stat(path).st_mode):  # what is missing is an error now, not later
+            files.append(path)
+        else:
+            files += sorted(str(p) for p in pathlib.Path(path).rglob("*") if TEXT_FILES & set(p.suffixes[-2:]))
     for path in files:
         before, json_lines = size, ".jsonl" in pathlib.Path(path).suffixes[-2:]
         for line, source in read_lines(path):
-            if size >= max_bytes:
+            if 0 < max_bytes <= size:
                 break
             size += len(line.encode())
             invalid += line.count("\ufffd")
@@ -342,20 +340,22 @@ def encode_group(group, tokenizer):
 def write_tokens(lines, vocab_size, val_fraction, out_dir):
     """Lines of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
     characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written."""
-    started, groups, words, length = time.time(), in_groups(lines), Counter(), 0
+    started, groups, words = time.time(), in_groups(lines), Counter()
     first = list(itertools.islice(groups, 32))
     for text, _ in itertools.chain(*first):
         words.update(WORD.findall(text))
-        length += len(text)
-    fitting = max(384, min(1 << 15, round(math.sqrt(length) / 2)))  # a token that is hardly ever seen is hardly learned
-    tokenizer = Tokenizer(train_bpe(words, vocab_size or fitting))
+    if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is hardly learned
+        length = sum(len(w) * n for w, n in words.items())
+        vocab_size = max(384, min(1 << 15, round(length**0.5 / 2)))
+    tokenizer = Tokenizer(train_bpe(words, vocab_size))
     encode = functools.partial(encode_group, tokenizer=tokenizer)
-    groups, at_once = itertools.chain(first, groups), 4 * (os.cpu_count() or 1)
-    size, n_bytes, bytes_of, ends = 0, 0, np.array([len(b) for b in tokenizer.bytes]), [np.array([], int)]
+    groups, cores = itertools.chain(first, groups), os.cpu_count() or 1
+    workers = Pool(cores) if len(first) > 4 else contextlib.nullcontext()
+    bytes_of = np.array([len(b) for b in tokenizer.bytes])
+    size, n_bytes, ends = 0, 0, [np.array([], int)]
     out_dir.mkdir(parents=True, exist_ok=True)
-    workers = Pool() if len(first) > 4 else contextlib.nullcontext()
     with whole_file(out_dir / "train.bin") as train, workers as pool:
-        while some := list(itertools.islice(groups, at_once)):
+        while some := list(itertools.islice(groups, 4 * cores)):
             for ids in (pool.imap if pool else map)(encode, some):
                 ids.tofile(train)
                 ends.append(np.flatnonzero(ids == END) + size + 1)
@@ -501,7 +501,7 @@ def main(argv):
         raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes and special tokens")
     out_dir = pathlib.Path(s.out_dir)
     if s.inputs:
-        write_tokens(read_documents(s.inputs, s.max_bytes or math.inf), s.vocab_size, s.val_fraction, out_dir)
+        write_tokens(read_documents(s.inputs, s.max_bytes), s.vocab_size, s.val_fraction, out_dir)
     else:
         documents, train, test = built_in_corpus(s.seed)
         write_tokens(((d, True) for d in documents), s.vocab_size or 2048, s.val_fraction, out_dir)
