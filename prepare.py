@@ -84,7 +84,8 @@ def read_flags(settings_class, argv, doc):
         raise InputError(f"{e}; see --help") from None
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in fields], 1)
-        raise InputError(f"unknown argument {unknown[0]}, " + (f"did you mean {close[0]}?" if close else "see --help"))
+        hint = f", did you mean {close[0]}?" if close else "; see --help"
+        raise InputError(f"unknown argument {unknown[0]}{hint}")
     for name, value in vars(given).items():
         low, high = fields[name].metadata["low"], fields[name].metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -382,6 +383,7 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir):
 # data/world.csv holds the facts, data/wordings.csv the ways to state them and to ask for them: {x} is the subject, {xs}
 # its possessive, {v} the value, {n} a noun phrase. An attribute's first statement is also the answer. Wordings whose
 # use begins with "new" are kept out of training: they test questions that were never seen.
+ATTRIBUTES = ["capital", "continent", "language", "currency", "symbol", "number", "country"]
 
 
 def fill(template, x, v=""):
@@ -398,10 +400,10 @@ def read_wordings():
     """wordings.csv -> {(about, use): [wording, ...]}; uses "seen" and "new" get all questions after an attribute."""
     say = defaultdict(list)
     for row in read_csv("wordings.csv"):
-        if row["use"] == "small talk":
+        if row["use"] == "small talk":  # about what is said: the reply to it
             say["any", "small talk"].append([row["wording"], row["about"]])
         say[row["about"], row["use"]].append(row["wording"])
-    for a in [about for about, use in say if use == "statement"]:
+    for a in ATTRIBUTES:
         framed = lambda frame, noun: [f.replace("{n}", n) for f in say["any", frame] for n in say[a, noun]]
         say[a, "seen"] = framed("frame", "noun") + say[a, "question"]
         say[a, "new"] = framed("frame", "new noun") + framed("new frame", "noun") + say[a, "new question"]
@@ -414,8 +416,7 @@ def built_in_corpus(seed):
     The rows of world.csv are divided once: A has its facts in documents and in questions, B only in documents, C in
     neither, it is just named. What the model answers about B it can only have learned in pretraining.
     """
-    rng, say, world = random.Random(seed), read_wordings(), list(read_csv("world.csv"))
-    documents, train, test, facts = [], [], [], {"A": [], "B": [], "C": []}
+    rng, say = random.Random(seed), read_wordings()
     pick = lambda use, about="any": rng.choice(say[about, use])
     answer = lambda x, a, v: fill(say[a, "statement"][0], x, v)
     question_and_answer = lambda x, a, v: [vary(fill(pick("seen", a), x)), answer(x, a, v)]
@@ -439,10 +440,12 @@ def built_in_corpus(seed):
             return dict(zip(["instruction", "response"], turns))
         return dict(messages=[dict(role=r, content=c) for r, c in zip(["user", "assistant"] * 2, turns)])
 
+    documents, facts = [], {"A": [], "B": [], "C": []}
+    world = list(read_csv("world.csv"))
     rng.shuffle(world)
     for i, row in enumerate(world):
         group = "C" if i < len(world) * 0.1 else "B" if i < len(world) * 0.25 else "A"
-        subjects = {row["name"]: {a: v for a, v in row.items() if v and a not in ("name", "kind")}}
+        subjects = {row["name"]: {a: v for a, v in row.items() if v and a in ATTRIBUTES}}
         if row["capital"]:
             subjects.setdefault(row["capital"], {})["country"] = row["name"]
         for x, about in subjects.items():
@@ -455,6 +458,8 @@ def built_in_corpus(seed):
                     told = rng.sample(list(about.items()) * 4, 4)
                     sentences += [fill(pick("statement", a), x, v) for a, v in told]
                 documents.append(" ".join(s.lower() if rng.random() < 0.15 else s for s in sentences))
+
+    train = []
     for x, a, v, about in facts["A"] * 16:
         turns = question_and_answer(x, a, v)
         others = [b for b in about if b != a and say[b, "follow-up"]]
@@ -468,6 +473,8 @@ def built_in_corpus(seed):
             turns = (turns if rng.random() < 0.8 else small_talk()) + second
         train.append(record(turns))
     train += [record(small_talk()) for _ in range(len(train) // 20)]
+
+    test = []
     for group, use in [("A", "seen"), ("A", "new"), ("B", "seen"), ("B", "new"), ("C", "seen")]:
         for x, a, v, _ in rng.sample(facts["A"], 300) if group == "A" else facts[group] * 2:
             test.append(dict(instruction=fill(pick(use, a), x), response=answer(x, a, v), attribute=a, value=v,
