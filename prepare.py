@@ -152,9 +152,8 @@ def merge(ids, pair, new):
 def train_bpe(words, vocab_size):
     """Counts of words -> list of merges (pairs of ids), the most frequent pair first (Sennrich 2016, arXiv 1508.07909).
 
-    A heap gives the most frequent pair, of equals the smallest, and only the words that hold it are recounted. An entry
-    of the heap may be out of date (too high): it goes back with its present count.
-    """
+    A heap gives the most frequent pair, of equals the smallest; only the words that hold it are recounted. A count in
+    the heap may be out of date (too high): it goes back as it is now."""
     words = [([b + FIRST_BYTE for b in w.encode("utf-8", "replace")], n) for w, n in words.items()]
     count, where = Counter(), defaultdict(set)
     for i, (ids, n) in enumerate(words):
@@ -166,7 +165,7 @@ def train_bpe(words, vocab_size):
     merges = []
     while heap and FIRST_MERGE + len(merges) < vocab_size:
         n, pair = heapq.heappop(heap)
-        if -n != count[pair]:
+        if -n != count[pair]:  # out of date
             heapq.heappush(heap, (-count[pair], pair))
             continue
         if -n < 2:
@@ -265,7 +264,8 @@ TEXT_FILES = {".txt", ".md", ".jsonl"}
 def read_lines(path):
     """A file (decompressed when its name ends in .gz or .bz2, "-" for standard input) -> (line, "file:line"). Refuses
     what is clearly not UTF-8 text; single bytes that are not become U+FFFD."""
-    source, number = "standard input" if path == "-" else path, 0
+    source = "standard input" if path == "-" else path
+    number = 0
     unpack = {".gz": gzip.open, ".bz2": bz2.open}.get(pathlib.Path(path).suffix, open)
     with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else unpack(path, "rb") as file:
         try:
@@ -357,7 +357,7 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir):
     out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "train.bin") as train, workers as pool:
         while some := list(itertools.islice(groups, 4 * cores)):
-            for ids in (pool.imap if pool else map)(encode, some):
+            for ids in pool.imap(encode, some) if pool else map(encode, some):
                 ids.tofile(train)
                 ends.append(np.flatnonzero(ids == END) + size + 1)
                 size += len(ids)
@@ -450,13 +450,14 @@ def built_in_corpus(seed):
             subjects.setdefault(row["capital"], {})["country"] = row["name"]
         for x, about in subjects.items():
             facts[group] += [(x, a, v, about) for a, v in about.items()]
-            for _ in range(10 if group == "C" else {1: 12, 2: 20}.get(len(about), 30)):
+            times = 10 if group == "C" else {1: 12, 2: 20}.get(len(about), 30)
+            for _ in range(times):
                 if group == "C":
                     sentences = [fill(pick("neutral"), x) for _ in range(3)]
                 else:
                     sentences = [fill(pick("neutral"), x)] if rng.random() < 0.15 else []
-                    told = rng.sample(list(about.items()) * 4, 4)
-                    sentences += [fill(pick("statement", a), x, v) for a, v in told]
+                    for a, v in rng.sample(list(about.items()) * 4, 4):
+                        sentences.append(fill(pick("statement", a), x, v))
                 documents.append(" ".join(s.lower() if rng.random() < 0.15 else s for s in sentences))
 
     train = []
@@ -470,13 +471,15 @@ def built_in_corpus(seed):
         elif rng.random() < 0.15:  # or something else after another answer
             x, a, v, _ = rng.choice(facts["A"])
             second = small_talk() if rng.random() < 0.4 else question_and_answer(x, a, v)
-            turns = (turns if rng.random() < 0.8 else small_talk()) + second
+            first = turns if rng.random() < 0.8 else small_talk()
+            turns = first + second
         train.append(record(turns))
     train += [record(small_talk()) for _ in range(len(train) // 20)]
 
     test = []
     for group, use in [("A", "seen"), ("A", "new"), ("B", "seen"), ("B", "new"), ("C", "seen")]:
-        for x, a, v, _ in rng.sample(facts["A"], 300) if group == "A" else facts[group] * 2:
+        asked = rng.sample(facts["A"], 300) if group == "A" else facts[group] * 2
+        for x, a, v, _ in asked:
             test.append(dict(instruction=fill(pick(use, a), x), response=answer(x, a, v), attribute=a, value=v,
                              set=f"{group}, {use} wording"))
     for x, a, v, _ in facts["B"]:
