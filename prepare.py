@@ -277,7 +277,7 @@ def read_lines(path):
                     raise InputError(f"{source}:{number}: not text (it has zero bytes)")
                 yield raw.decode("utf-8", "replace").removeprefix("\ufeff"), f"{source}:{number}"
         except (OSError, EOFError, zlib.error) as e:
-            raise InputError(f"{source}: damaged, cannot read beyond line {number} ({e})") from None
+            raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
 
 
 def json_text(line, source):
