@@ -18,12 +18,12 @@ import gzip
 import heapq
 import itertools
 import json
-import math
 import os
 import pathlib
 import random
 import re
 import shutil
+import stat
 import sys
 import time
 import zlib
@@ -44,8 +44,7 @@ def run(main, argv=None):
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        os._exit(141)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted")
     except InputError as e:
@@ -56,11 +55,11 @@ def run(main, argv=None):
         problem = (f"{(str(e) or 'out of memory').splitlines()[0][:200]}; a smaller model or batch may fit, the"
                    " versions of requirements.txt may work better, JAX_PLATFORMS=cpu uses the CPU")
     print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
-    if argv is None:  # a script ends at once, it does not wait for other processes of its run
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(2)
-    sys.exit(2)
+    if argv is not None:
+        sys.exit(2)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(2)  # a script ends at once, it does not wait for other processes of its run
 
 
 def setting(default, help, low=0, high=1e18, **arg):
@@ -71,23 +70,22 @@ def setting(default, help, low=0, high=1e18, **arg):
 def read_flags(settings_class, argv, doc):
     """Command line -> (settings, the set of names that were given)."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-
-    def refuse(message):
-        raise InputError(f"{message}; see --help")
-
-    parser.error = refuse
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.metadata}
-    for f in fields.values():
-        arg = dict(f.metadata["arg"])
-        name = arg.pop("positional", f"--{f.name}")
+    for name, f in fields.items():
+        arg = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        arg |= f.metadata["arg"]
         shown = "" if f.type is bool or f.default in ("", (), None) else f" [{f.default}]"
-        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-        parser.add_argument(name, help=f.metadata["help"].replace("%", "%%") + shown, **{**kind, **arg})
-    given, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        close = difflib.get_close_matches(word.split("=")[0].lstrip("-"), fields, 1)
-        refuse(f"unknown argument {word}" + (f", did you mean --{close[0]}?" if close and word[0] == "-" else ""))
+        help = f.metadata["help"].replace("%", "%%") + shown
+        parser.add_argument(arg.pop("positional", f"--{name}"), help=help, **arg)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise InputError(f"{e}; see --help") from None
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in fields], 1)
+        hint = f", did you mean {close[0]}?" if close else "; see --help"
+        raise InputError(f"unknown argument {unknown[0]}{hint}")
     for name, value in vars(given).items():
         low, high = fields[name].metadata["low"], fields[name].metadata["high"]
         if isinstance(value, (int, float)) and not low <= value <= high:
@@ -142,29 +140,21 @@ WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?[^\W\d_]{1,255}|\d{1,3}| ?(?:
 
 def merge(ids, pair, new):
     """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
-    out, i = [], 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            out.append(new)
-            i += 2
+    out = []
+    for id in ids:
+        if id == pair[1] and out and out[-1] == pair[0]:
+            out[-1] = new
         else:
-            out.append(ids[i])
-            i += 1
+            out.append(id)
     return out
-
-
-def fitting_vocabulary(words):
-    """A size in proportion to the text: a token that is hardly ever seen is hardly learned."""
-    return max(384, min(1 << 15, round(math.sqrt(sum(len(w) * n for w, n in words.items())) / 2)))
 
 
 def train_bpe(words, vocab_size):
     """Counts of words -> list of merges (pairs of ids), the most frequent pair first (Sennrich 2016, arXiv 1508.07909).
 
-    A heap gives the most frequent pair, and only the words that hold it are recounted. An entry of the heap may be out
-    of date (too high): it goes back with its present count. Ties go to the smaller pair, so the result is unique.
-    """
-    words = [([b + FIRST_BYTE for b in w.encode()], n) for w, n in sorted(words.items())]
+    A heap gives the most frequent pair, of equals the smallest; only the words that hold it are recounted. A count in
+    the heap may be out of date (too high): it goes back as it is now."""
+    words = [([b + FIRST_BYTE for b in w.encode("utf-8", "replace")], n) for w, n in words.items()]
     count, where = Counter(), defaultdict(set)
     for i, (ids, n) in enumerate(words):
         for pair in zip(ids, ids[1:]):
@@ -172,18 +162,16 @@ def train_bpe(words, vocab_size):
             where[pair].add(i)
     heap = [(-n, pair) for pair, n in count.items()]
     heapq.heapify(heap)
-    merges, shown = [], time.time()
+    merges = []
     while heap and FIRST_MERGE + len(merges) < vocab_size:
         n, pair = heapq.heappop(heap)
-        if count[pair] != -n:
-            if count[pair] > 0:
-                heapq.heappush(heap, (-count[pair], pair))
+        if -n != count[pair]:  # out of date
+            heapq.heappush(heap, (-count[pair], pair))
             continue
         if -n < 2:
             break  # a pair that occurs once saves nothing
-        new = FIRST_MERGE + len(merges)
+        new, new_pairs = FIRST_MERGE + len(merges), set()
         merges.append(pair)
-        changed = set()
         for i in where.pop(pair):
             ids, n = words[i]
             after = merge(ids, pair, new)
@@ -193,13 +181,12 @@ def train_bpe(words, vocab_size):
                 count[p] += n
                 where[p].add(i)
                 if new in p:
-                    changed.add(p)
+                    new_pairs.add(p)
             words[i] = after, n
-        for p in changed:
+        for p in new_pairs:
             heapq.heappush(heap, (-count[p], p))
-        if time.time() - shown > 1:
-            show_progress(f"tokenizer: {new + 1} of {vocab_size} tokens")
-            shown = time.time()
+        if new % 500 == 0:
+            show_progress(f"tokenizer: {new} of {vocab_size} tokens")
     return merges
 
 
@@ -246,14 +233,14 @@ class Tokenizer:
 
     def to_json(self):
         """Readable: one merge a line, as the two ids and what they spell."""
-        rows = (json.dumps([a, b, self.bytes[FIRST_MERGE + i].decode("utf-8", "replace")], ensure_ascii=False)
-                for i, (a, b) in enumerate(self.merges))
+        rows = [json.dumps([a, b, spelled.decode("utf-8", "replace")], ensure_ascii=False)
+                for (a, b), spelled in zip(self.merges, self.bytes[FIRST_MERGE:])]
         head = f'{{"type": "pygpt byte-level bpe", "special": {json.dumps(SPECIAL)}, "merges": [\n'
         return head + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
     def load(cls, path):
-        return cls.from_json(pathlib.Path(path).read_bytes().decode("utf-8", "replace"), path)
+        return cls.from_json(pathlib.Path(path).read_text("utf-8", "replace"), path)
 
     @classmethod
     def from_json(cls, text, source):
@@ -271,75 +258,62 @@ class Tokenizer:
 # ---------------------------------------------------------------- reading text, writing tokens
 
 PIECE = 1 << 20  # characters; text is read and encoded in pieces of about this size
-TEXT_FILES = (".txt", ".md", ".jsonl")
+TEXT_FILES = {".txt", ".md", ".jsonl"}
 
 
-def read_lines(path, seen=None, max_bytes=math.inf):
+def read_lines(path):
     """A file (decompressed when its name ends in .gz or .bz2, "-" for standard input) -> (line, "file:line"). Refuses
-    what is clearly not UTF-8 text, replaces and counts in `seen` single bytes that are not."""
-    seen = Counter() if seen is None else seen
+    what is clearly not UTF-8 text; single bytes that are not become U+FFFD."""
     source = "standard input" if path == "-" else path
-    unpack = {".gz": gzip.open, ".bz2": bz2.open}.get(pathlib.Path(path).suffix, contextlib.nullcontext)
-    before, number, piped = seen["on disk"], 0, contextlib.nullcontext(sys.stdin.buffer)
-    try:
-        with piped if path == "-" else open(path, "rb") as disk, unpack(disk) as file:
-            while seen["bytes"] < max_bytes and (raw := file.readline(16 * PIECE)):
+    number = 0
+    unpack = {".gz": gzip.open, ".bz2": bz2.open}.get(pathlib.Path(path).suffix, open)
+    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else unpack(path, "rb") as file:
+        try:
+            while raw := file.readline(16 * PIECE):
                 number += 1
                 if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                     raise InputError(f"{source}:{number}: UTF-16 text; save it as UTF-8 first")
                 if b"\0" in raw:
                     raise InputError(f"{source}:{number}: not text (it has zero bytes)")
-                line = raw.decode("utf-8", "replace").removeprefix("\ufeff")
-                seen.update({"bytes": len(raw), "replaced": line.count("\ufffd")})
-                seen["on disk"] = before + (0 if path == "-" else disk.tell())
-                yield line, f"{source}:{number}"
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise InputError(f"{source}: damaged compressed file ({e})") from None
-
-
-def files_in(paths):
-    """Paths -> the same with each folder replaced by the text files in it, in order of their names."""
-    for path in paths:
-        if path == "-" or not pathlib.Path(path).is_dir():
-            yield path
-            continue
-        inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if set(p.suffixes[-2:]) & set(TEXT_FILES))
-        if not inside:
-            raise InputError(f"{path}: a folder without text files ({', '.join(TEXT_FILES)}, also as .gz or .bz2)")
-        yield from inside
-
-
-def read_documents(paths, seen, max_bytes=math.inf):
-    """Files -> (line of a document, whether the document ends there); a JSON line is a document of its own."""
-    for path in paths:
-        before, json_lines = seen["bytes"], ".jsonl" in pathlib.Path(path).suffixes[-2:]
-        if before >= max_bytes:
-            return
-        for line, source in read_lines(path, seen, max_bytes):
-            json_lines = json_lines or (path == "-" and source.endswith("t:1") and line.startswith('{"'))
-            if not json_lines:
-                yield line, False
-            elif line.strip():
-                yield json_text(line, source), True
-                seen["documents"] += 1
-        if seen["bytes"] == before:
-            seen["empty"] += 1
-        elif not json_lines:
-            yield "", True
-            seen["documents"] += 1
-    if not seen["bytes"]:
-        raise InputError(f"{path}: empty; give it some text")
+                yield raw.decode("utf-8", "replace").removeprefix("\ufeff"), f"{source}:{number}"
+        except (OSError, EOFError, zlib.error) as e:
+            raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
 
 
 def json_text(line, source):
     """One JSON line -> its "text"."""
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        text = None
-    if not isinstance(text, str):
-        raise InputError(f'{source}: not a JSON object with a "text" string')
-    return text
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        if isinstance(text := json.loads(line)["text"], str):
+            return text
+    raise InputError(f'{source}: not a JSON object with a "text" string')
+
+
+def read_documents(paths, max_bytes):
+    """Files and folders of them -> (line, whether a document ends there); a JSON line is a document of its own."""
+    files, size, invalid = [], 0, 0
+    for path in paths:
+        if path == "-" or not stat.S_ISDIR(os.stat(path).st_mode):  # what is missing is an error now, not later
+            files.append(path)
+        else:
+            files += sorted(str(p) for p in pathlib.Path(path).rglob("*") if TEXT_FILES & set(p.suffixes[-2:]))
+    for path in files:
+        before, json_lines = size, ".jsonl" in pathlib.Path(path).suffixes[-2:]
+        for line, source in read_lines(path):
+            if 0 < max_bytes <= size:
+                break
+            size += len(line.encode())
+            invalid += line.count("\ufffd")
+            json_lines = json_lines or (source == "standard input:1" and line.startswith('{"'))
+            if not json_lines:
+                yield line, False
+            elif line.strip():
+                yield json_text(line, source), True
+        if size > before and not json_lines:
+            yield "", True
+    if not size:
+        raise InputError(f"{path}: empty; give it some text (in a folder: {', '.join(sorted(TEXT_FILES))})")
+    if invalid:
+        show_progress(f"warning: {invalid} invalid UTF-8 sequences became U+FFFD", last=True)
 
 
 def in_groups(lines):
@@ -364,36 +338,44 @@ def encode_group(group, tokenizer):
     return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], "<u2")
 
 
-def write_tokens(lines, vocab_size, val_fraction, out_dir, progress):
+def write_tokens(lines, vocab_size, val_fraction, out_dir):
     """Lines of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
     characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written."""
-    groups = in_groups(lines)
-    first, words = list(itertools.islice(groups, 32)), Counter()
+    started, groups, words = time.time(), in_groups(lines), Counter()
+    first = list(itertools.islice(groups, 32))
     for text, _ in itertools.chain(*first):
         words.update(WORD.findall(text))
-    tokenizer = Tokenizer(train_bpe(words, vocab_size or fitting_vocabulary(words)))
+    if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is hardly learned
+        length = sum(len(w) * n for w, n in words.items())
+        vocab_size = max(384, min(1 << 15, round(length**0.5 / 2)))
+    tokenizer = Tokenizer(train_bpe(words, vocab_size))
     encode = functools.partial(encode_group, tokenizer=tokenizer)
-    groups, cores, tokens, ends = itertools.chain(first, groups), os.cpu_count() or 1, 0, []
-    out_dir.mkdir(parents=True, exist_ok=True)
+    groups, cores = itertools.chain(first, groups), os.cpu_count() or 1
     workers = Pool(cores) if len(first) > 4 else contextlib.nullcontext()
+    bytes_of = np.array([len(b) for b in tokenizer.bytes])
+    size, n_bytes, ends = 0, 0, [np.array([], int)]
+    out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "train.bin") as train, workers as pool:
         while some := list(itertools.islice(groups, 4 * cores)):
-            for ids in (pool.imap if pool else map)(encode, some):
+            for ids in pool.imap(encode, some) if pool else map(encode, some):
                 ids.tofile(train)
-                ends.append(np.flatnonzero(ids == END) + tokens)
-                tokens += len(ids)
-            progress(tokens)
-        cut, borders = int(tokens * (1 - val_fraction)), np.concatenate([*ends, []])[:-1].astype(int) + 1
-        if len(borders):
-            cut = int(borders[min(np.searchsorted(borders, cut), len(borders) - 1)])  # whole documents
-        if not 2 <= cut <= tokens - 2:
-            raise InputError(f"too little text: {tokens} tokens; give it more")
+                ends.append(np.flatnonzero(ids == END) + size + 1)
+                size += len(ids)
+                n_bytes += bytes_of[ids].sum()
+            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens")
+        ends, cut = np.concatenate(ends), int(size * (1 - val_fraction))
+        if len(ends) > 1:  # whole documents
+            cut = int(ends[np.searchsorted(ends[:-2], cut)])
+        if not 2 <= cut <= size - 2:
+            raise InputError(f"too little text: {size} tokens; give it more")
         train.seek(2 * cut)
         with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as readable:
             shutil.copyfileobj(train, val)
             readable.write(tokenizer.to_json().encode())
         train.truncate(2 * cut)
-    return tokenizer, cut, tokens - cut
+    show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut} tokens"
+                  f" ({n_bytes / size:.2f} bytes each), vocabulary {tokenizer.size}, {time.time() - started:.1f} s",
+                  last=True)
 
 
 # ---------------------------------------------------------------- the built-in corpus
@@ -401,7 +383,7 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, progress):
 # data/world.csv holds the facts, data/wordings.csv the ways to state them and to ask for them: {x} is the subject, {xs}
 # its possessive, {v} the value, {n} a noun phrase. An attribute's first statement is also the answer. Wordings whose
 # use begins with "new" are kept out of training: they test questions that were never seen.
-DATA = pathlib.Path(__file__).with_name("data")
+ATTRIBUTES = ["capital", "continent", "language", "currency", "symbol", "number", "country"]
 
 
 def fill(template, x, v=""):
@@ -410,62 +392,22 @@ def fill(template, x, v=""):
     return text[0].upper() + text[1:]
 
 
-def read_rows(name):
-    with open(DATA / name, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def read_csv(name):
+    return csv.DictReader(pathlib.Path(__file__).with_name("data").joinpath(name).read_text("utf-8").splitlines())
 
 
-def read_world():
-    """world.csv -> a list of {subject: {attribute: value}}: a country and its capital, or an element."""
-    world = []
-    for row in read_rows("world.csv"):
-        name, _ = row.pop("name"), row.pop("kind")
-        world.append({name: {attribute: value for attribute, value in row.items() if value}})
-        if row["capital"]:
-            world[-1].setdefault(row["capital"], {})["country"] = name
-    return world
-
-
-class Wordings:
-    """The sentences of wordings.csv, drawn with the random numbers of `rng`."""
-
-    def __init__(self, rng):
-        self.rng, self.rows = rng, defaultdict(list)
-        for row in read_rows("wordings.csv"):
-            self.rows[row["about"], row["use"]].append(row["wording"])
-
-    def pick(self, use, about="any"):
-        return self.rng.choice(self.rows[about, use])
-
-    def answer(self, x, attribute, v):
-        return fill(self.rows[attribute, "statement"][0], x, v)
-
-    @functools.cache
-    def all_questions(self, attribute, new):
-        """Every question after an attribute: those used in training, or (new) those kept out of it."""
-        framed = lambda frame, noun: [f.replace("{n}", n) for f in self.rows["any", frame]
-                                      for n in self.rows[attribute, noun]]
-        if new:
-            return framed("frame", "new noun") + framed("new frame", "noun") + self.rows[attribute, "new question"]
-        return framed("frame", "noun") + self.rows[attribute, "question"]
-
-    def question(self, x, attribute, new=False):
-        return fill(self.rng.choice(self.all_questions(attribute, new)), x)
-
-    def small_talk(self):
-        pairs = [(w, reply) for (reply, use), ws in self.rows.items() if use == "small talk" for w in ws]
-        said, reply = self.rng.choice(pairs)
-        return self.vary(said), reply
-
-    def vary(self, question):
-        """The same question as people type it: words before or after it, no final mark, small letters."""
-        if self.rng.random() < 0.2:
-            question = f"{self.pick('prefix')} {question[0].lower()}{question[1:]}"
-        if self.rng.random() < 0.25:
-            question = question.rstrip(".?")
-        if self.rng.random() < 0.08:
-            question += self.rng.choice([" Thanks!", ", please", " please", " thanks"])
-        return question.lower() if self.rng.random() < 0.3 else question
+def read_wordings():
+    """wordings.csv -> {(about, use): [wording, ...]}; uses "seen" and "new" get all questions after an attribute."""
+    say = defaultdict(list)
+    for row in read_csv("wordings.csv"):
+        if row["use"] == "small talk":  # about what is said: the reply to it
+            say["any", "small talk"].append([row["wording"], row["about"]])
+        say[row["about"], row["use"]].append(row["wording"])
+    for a in ATTRIBUTES:
+        framed = lambda frame, noun: [f.replace("{n}", n) for f in say["any", frame] for n in say[a, noun]]
+        say[a, "seen"] = framed("frame", "noun") + say[a, "question"]
+        say[a, "new"] = framed("frame", "new noun") + framed("new frame", "noun") + say[a, "new question"]
+    return say
 
 
 def built_in_corpus(seed):
@@ -474,43 +416,74 @@ def built_in_corpus(seed):
     The rows of world.csv are divided once: A has its facts in documents and in questions, B only in documents, C in
     neither, it is just named. What the model answers about B it can only have learned in pretraining.
     """
-    rng = random.Random(seed)
-    say = Wordings(rng)
-    documents, train, test, facts = [], [], [], {"A": [], "B": [], "C": []}
-    world = read_world()
+    rng, say = random.Random(seed), read_wordings()
+    pick = lambda use, about="any": rng.choice(say[about, use])
+    answer = lambda x, a, v: fill(say[a, "statement"][0], x, v)
+    question_and_answer = lambda x, a, v: [vary(fill(pick("seen", a), x)), answer(x, a, v)]
+
+    def vary(question):
+        """The same question as people type it: words before or after it, no final mark, small letters."""
+        if rng.random() < 0.2:
+            question = f"{pick('prefix')} {question[0].lower()}{question[1:]}"
+        if rng.random() < 0.25:
+            question = question.rstrip(".?")
+        if rng.random() < 0.08:
+            question += rng.choice([" Thanks!", ", please", " please", " thanks"])
+        return question.lower() if rng.random() < 0.3 else question
+
+    def small_talk():
+        said, reply = pick("small talk")
+        return [vary(said), reply]
+
+    def record(turns):
+        if len(turns) == 2:
+            return dict(zip(["instruction", "response"], turns))
+        return dict(messages=[dict(role=r, content=c) for r, c in zip(["user", "assistant"] * 2, turns)])
+
+    documents, facts = [], {"A": [], "B": [], "C": []}
+    world = list(read_csv("world.csv"))
     rng.shuffle(world)
-    for i, subjects in enumerate(world):
+    for i, row in enumerate(world):
         group = "C" if i < len(world) * 0.1 else "B" if i < len(world) * 0.25 else "A"
+        subjects = {row["name"]: {a: v for a, v in row.items() if v and a in ATTRIBUTES}}
+        if row["capital"]:
+            subjects.setdefault(row["capital"], {})["country"] = row["name"]
         for x, about in subjects.items():
             facts[group] += [(x, a, v, about) for a, v in about.items()]
-            for _ in range(10 if group == "C" else {1: 12, 2: 20}.get(len(about), 30)):
-                sentences = [fill(say.pick("neutral"), x) for _ in range(3 if group == "C" else rng.random() < 0.15)]
-                if group != "C":
-                    told = rng.sample(list(about.items()) * 4, 4)
-                    sentences += [fill(say.pick("statement", a), x, v) for a, v in told]
+            times = 10 if group == "C" else {1: 12, 2: 20}.get(len(about), 30)
+            for _ in range(times):
+                if group == "C":
+                    sentences = [fill(pick("neutral"), x) for _ in range(3)]
+                else:
+                    sentences = [fill(pick("neutral"), x)] if rng.random() < 0.15 else []
+                    for a, v in rng.sample(list(about.items()) * 4, 4):
+                        sentences.append(fill(pick("statement", a), x, v))
                 documents.append(" ".join(s.lower() if rng.random() < 0.15 else s for s in sentences))
+
+    train = []
     for x, a, v, about in facts["A"] * 16:
-        record = dict(instruction=say.vary(say.question(x, a)), response=say.answer(x, a, v))
-        others = [b for b in about if b != a and (b, "follow-up") in say.rows]
-        turns = [record["instruction"], record["response"]]
+        turns = question_and_answer(x, a, v)
+        others = [b for b in about if b != a and say[b, "follow-up"]]
         if others and rng.random() < 0.1:
             b = rng.choice(others)
-            follow_up = say.pick("follow-up frame").replace("{n}", say.pick("follow-up", b))
-            turns += [say.vary(follow_up), say.answer(x, b, about[b])]
+            follow_up = pick("follow-up frame").replace("{n}", pick("follow-up", b))
+            turns += [vary(follow_up), answer(x, b, about[b])]
         elif rng.random() < 0.15:  # or something else after another answer
             x, a, v, _ = rng.choice(facts["A"])
-            second = say.small_talk() if rng.random() < 0.4 else (say.vary(say.question(x, a)), say.answer(x, a, v))
-            turns = [*(turns if rng.random() < 0.8 else say.small_talk()), *second]
-        if len(turns) > 2:
-            record = dict(messages=[dict(role=r, content=c) for r, c in zip(["user", "assistant"] * 2, turns)])
-        train.append(record)
-    train += [dict(zip(("instruction", "response"), say.small_talk())) for _ in range(len(train) // 20)]
-    for group, new in [("A", False), ("A", True), ("B", False), ("B", True), ("C", False)]:
-        for x, a, v, _ in rng.sample(facts["A"], 300) if group == "A" else facts[group] * 2:
-            test.append(dict(instruction=say.question(x, a, new), response=say.answer(x, a, v), attribute=a, value=v,
-                             set=f"{group}, {'new' if new else 'seen'} wording"))
+            second = small_talk() if rng.random() < 0.4 else question_and_answer(x, a, v)
+            first = turns if rng.random() < 0.8 else small_talk()
+            turns = first + second
+        train.append(record(turns))
+    train += [record(small_talk()) for _ in range(len(train) // 20)]
+
+    test = []
+    for group, use in [("A", "seen"), ("A", "new"), ("B", "seen"), ("B", "new"), ("C", "seen")]:
+        asked = rng.sample(facts["A"], 300) if group == "A" else facts[group] * 2
+        for x, a, v, _ in asked:
+            test.append(dict(instruction=fill(pick(use, a), x), response=answer(x, a, v), attribute=a, value=v,
+                             set=f"{group}, {use} wording"))
     for x, a, v, _ in facts["B"]:
-        prompt, rest = say.answer(x, a, "|").split("|")
+        prompt, rest = answer(x, a, "|").split("|")
         test.append(dict(prompt=prompt.rstrip(), response=f" {v}{rest}", attribute=a, value=v,
                          set="B, sentence to complete"))
     rng.shuffle(documents)
@@ -536,30 +509,12 @@ def main(argv):
     s, _ = read_flags(Settings, argv, __doc__)
     if 0 < s.vocab_size < FIRST_MERGE:
         raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes and special tokens")
-    out_dir, started, seen, vocab_size = pathlib.Path(s.out_dir), time.time(), Counter(), s.vocab_size
+    out_dir = pathlib.Path(s.out_dir)
     if s.inputs:
-        paths = list(files_in(s.inputs))
-        on_disk = sum(os.path.getsize(p) for p in paths if p != "-")
-        lines = read_documents(paths, seen, s.max_bytes or math.inf)
+        write_tokens(read_documents(s.inputs, s.max_bytes), s.vocab_size, s.val_fraction, out_dir)
     else:
         documents, train, test = built_in_corpus(s.seed)
-        seen.update({"documents": len(documents), "bytes": sum(len(d.encode()) for d in documents)})
-        lines, on_disk, vocab_size = ((d, True) for d in documents), 0, vocab_size or 2048
-
-    def progress(tokens):
-        left = time_left(started, seen["on disk"], on_disk) if on_disk and not s.max_bytes else ""
-        show_progress(f"{seen['bytes'] / 1e6:.0f} MB read, {tokens / 1e6:.1f} M tokens  {left}")
-
-    tokenizer, train_tokens, val_tokens = write_tokens(lines, vocab_size, s.val_fraction, out_dir, progress)
-    if seen["replaced"]:
-        print(f"warning: {seen['replaced']} invalid UTF-8 sequences became U+FFFD")
-    if seen["empty"]:
-        print(f"left out: {seen['empty']} empty file(s)")
-    size, tokens = seen["bytes"], train_tokens + val_tokens
-    show_progress(f"{out_dir}: {seen['documents']} documents, {size / 1e6:.2f} MB, {train_tokens} + {val_tokens}"
-                  f" tokens ({size / tokens:.2f} bytes each), vocabulary {tokenizer.size},"
-                  f" {time.time() - started:.1f} s", last=True)
-    if not s.inputs:
+        write_tokens(((d, True) for d in documents), s.vocab_size or 2048, s.val_fraction, out_dir)
         for name, records in [("qa.jsonl", train), ("qa_test.jsonl", test)]:
             with whole_file(out_dir / name) as file:
                 file.writelines(f"{json.dumps(r, ensure_ascii=False)}\n".encode() for r in records)
