@@ -288,15 +288,26 @@ def json_text(line, source):
     raise InputError(f'{source}: not a JSON object with a "text" string')
 
 
-def read_documents(paths, max_bytes):
-    """Files and folders of them -> (line, whether a document ends there); a JSON line is a document of its own."""
-    files, size, invalid = [], 0, 0
+def files_in(paths):
+    """Paths -> the same with each folder replaced by the text files in it, in order of their names."""
+    files = []
     for path in paths:
         if path == "-" or not stat.S_ISDIR(os.stat(path).st_mode):  # what is missing is an error now, not later
             files.append(path)
         else:
-            files += sorted(str(p) for p in pathlib.Path(path).rglob("*") if TEXT_FILES & set(p.suffixes[-2:]))
+            inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if TEXT_FILES & set(p.suffixes[-2:]))
+            if not inside:
+                raise InputError(f"{path}: a folder without text files ({', '.join(sorted(TEXT_FILES))})")
+            files += inside
+    return files
+
+
+def read_documents(files, max_bytes):
+    """Files -> (line, whether a document ends there); a JSON line is a document of its own."""
+    size, invalid, empty = 0, 0, []
     for path in files:
+        if 0 < max_bytes <= size:
+            break
         before, json_lines = size, ".jsonl" in pathlib.Path(path).suffixes[-2:]
         for line, source in read_lines(path):
             if 0 < max_bytes <= size:
@@ -308,10 +319,14 @@ def read_documents(paths, max_bytes):
                 yield line, False
             elif line.strip():
                 yield json_text(line, source), True
-        if size > before and not json_lines:
+        if size == before:
+            empty.append(path)
+        elif not json_lines:
             yield "", True
     if not size:
-        raise InputError(f"{path}: empty; give it some text (in a folder: {', '.join(sorted(TEXT_FILES))})")
+        raise InputError(f"{path}: empty; give it some text")
+    if empty:
+        show_progress(f"left out: {len(empty)} empty file(s), such as {empty[0]}", last=True)
     if invalid:
         show_progress(f"warning: {invalid} invalid UTF-8 sequences became U+FFFD", last=True)
 
@@ -338,9 +353,10 @@ def encode_group(group, tokenizer):
     return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], "<u2")
 
 
-def write_tokens(lines, vocab_size, val_fraction, out_dir):
+def write_tokens(lines, vocab_size, val_fraction, out_dir, expected=0):
     """Lines of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
-    characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written."""
+    characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written. `expected` bytes, if
+    known, give the time left."""
     started, groups, words = time.time(), in_groups(lines), Counter()
     first = list(itertools.islice(groups, 32))
     for text, _ in itertools.chain(*first):
@@ -362,7 +378,8 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir):
                 ends.append(np.flatnonzero(ids == END) + size + 1)
                 size += len(ids)
                 n_bytes += bytes_of[ids].sum()
-            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens")
+            left = time_left(started, n_bytes, expected) if expected else ""
+            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {left}")
         ends, cut = np.concatenate(ends), int(size * (1 - val_fraction))
         if len(ends) > 1:  # whole documents
             cut = int(ends[np.searchsorted(ends[:-2], cut)])
@@ -511,7 +528,10 @@ def main(argv):
         raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes and special tokens")
     out_dir = pathlib.Path(s.out_dir)
     if s.inputs:
-        write_tokens(read_documents(s.inputs, s.max_bytes), s.vocab_size, s.val_fraction, out_dir)
+        files = files_in(s.inputs)
+        plain = [f for f in files if f != "-" and not f.endswith((".gz", ".bz2"))]
+        expected = s.max_bytes or (sum(map(os.path.getsize, plain)) if plain == files else 0)
+        write_tokens(read_documents(files, s.max_bytes), s.vocab_size, s.val_fraction, out_dir, expected)
     else:
         documents, train, test = built_in_corpus(s.seed)
         write_tokens(((d, True) for d in documents), s.vocab_size or 2048, s.val_fraction, out_dir)
