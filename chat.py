@@ -20,8 +20,7 @@ from prepare import END, SPECIAL, InputError, printable, read_flags, run, settin
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    checkpoint: str = setting("", "a .npz file; nothing: out/chat.npz", nargs="?", positional="checkpoint",
-                              metavar="CKPT")
+    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint", metavar="CKPT")
     prompt: str = setting("", "answer or continue this text and stop", metavar="TEXT")
     temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained"
                                  " [0 to answer, 0.8 to continue]", high=100.0)
@@ -77,7 +76,7 @@ def main(argv):
         seen.clear()
         ids = prompt_ids(turns, tokenizer, model.block_size) if answers else [END, *tokenizer.encode(turns[-1])]
         steps = generate(state["params"], [ids], choose, cfg.max_new_tokens)
-        pieces = map(printable, tokenizer.stream(new for new, in steps))
+        pieces = map(printable, tokenizer.stream(step[0] for step in steps))
         yield next(pieces, "").removeprefix(" ") if answers else turns[-1]
         yield from pieces
 
@@ -114,9 +113,9 @@ def main(argv):
             for f in dataclasses.fields(cfg)[2:]:
                 print(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})")
         elif line.startswith("/"):
-            name, _, value = line[1:].partition(" ")
+            command, _, value = line[1:].partition(" ")
             try:
-                changed, given = read_flags(Config, [f"--{name}", value.strip()], __doc__)
+                changed, given = read_flags(Config, [f"--{command}", value.strip()], __doc__)
                 cfg = dataclasses.replace(cfg, **{name: getattr(changed, name) for name in given})
             except InputError as e:
                 print(str(e).replace("--help", "/help").replace("--", "/"))

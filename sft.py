@@ -331,6 +331,8 @@ def main(argv):
     if cfg.eval or not (cfg.pairs or cfg.dpo):
         test = read_records(cfg.eval or data_dir / "qa_test.jsonl")
         test = [dict(record, turns=turns_of(record, source)) for record, source in test]
+    if dpo:  # answers about B alone show whether knowledge is kept
+        test = [r for r in test if str(r.get("set", "B")).startswith("B")]
     if only_test:
         grade(state["params"], model, tokenizer, test, pathlib.Path(cfg.init).name)
         return table(test, [pathlib.Path(cfg.init).name])
