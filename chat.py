@@ -20,8 +20,7 @@ from prepare import END, SPECIAL, InputError, printable, read_flags, run, settin
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    checkpoint: str = setting("", "a .npz file; nothing: out/chat.npz", nargs="?", positional="checkpoint",
-                              metavar="CKPT")
+    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint", metavar="CKPT")
     prompt: str = setting("", "answer or continue this text and stop", metavar="TEXT")
     temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained"
                                  " [0 to answer, 0.8 to continue]", high=100.0)
@@ -35,40 +34,20 @@ class Config:
 def prompt_ids(turns, tokenizer, block_size, room=24):
     """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole, until `room` tokens
     for the answer are left in the context."""
-    while True:
-        ids, _ = sft.render(turns, tokenizer)
-        if len(ids) + room <= block_size or len(turns) == 1:
-            break
+    ids, _ = sft.render(turns, tokenizer)
+    while len(ids) + room > block_size and len(turns) > 1:
         turns = turns[2:]
+        ids, _ = sft.render(turns, tokenizer)
     if len(ids) > block_size:
         raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}; ask a shorter one")
     return ids
 
 
-def reply(ids, params, generate, tokenizer, cfg, rng, seen):
-    """Ids of a prompt -> pieces of text as they are made, never half a character, nothing that steers a terminal.
-    `seen` gets (token, its probability, runner-up, its probability) for each."""
-    how = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty)
-
-    def choose(_, logits, history):
-        id = gpt.sample(logits, history, rng, **how)
-        p = np.exp(logits - logits.max())
-        p /= p.sum()
-        second = int(np.where(np.arange(len(p)) == id, -1, p).argmax())
-        seen.append((id, p[id], second, p[second]))
-        return id
-
-    new = (step[0] for step in generate(params, [ids], choose, cfg.max_new_tokens))
-    for piece in tokenizer.stream(i for i in new if i != END):
-        yield printable(piece)
-
-
 def show_probabilities(seen, tokenizer):
     """One line a token: its probability as a bar, and the token that came second."""
     name = lambda id: SPECIAL[id] if id < len(SPECIAL) else printable(tokenizer.decode([id])).replace("\n", "\\n")
-    bar = "\u2588" if sys.stdout.isatty() and "utf" in (sys.stdout.encoding or "").lower() else "#"
     for id, p, second, q in seen:
-        print(f"{name(id):<16} {100 * p:5.1f} % {bar * round(20 * p):<20}  second: {name(second)} {100 * q:.1f} %")
+        print(f"{name(id):<16} {100 * p:5.1f} % {'#' * round(20 * p):<20}  second: {name(second)} {100 * q:.1f} %")
 
 
 def main(argv):
@@ -78,30 +57,39 @@ def main(argv):
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only
             gpt.make_if_missing(path, sft.main)
     state, about, model, tokenizer = gpt.load_checkpoint(path)
-    params, generate, rng = state["params"], gpt.make_generator(model), np.random.default_rng(cfg.seed)
-    answers = about["kind"] == "chat"
+    generate, rng, answers = gpt.make_generator(model), np.random.default_rng(cfg.seed), about["kind"] == "chat"
     if cfg.temperature is None:
         cfg = dataclasses.replace(cfg, temperature=0.0 if answers else 0.8)
+    seen = []  # of the last answer, for each token: itself, its probability, the likeliest other, its probability
 
-    seen = []
+    def choose(_, logits, history):
+        id = gpt.sample(logits, history, rng, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty)
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        others = np.where(np.arange(len(p)) == id, -1, p)
+        seen.append((id, p[id], others.argmax(), others.max()))
+        return id
 
-    def pieces(turns):
+    def reply(turns):
+        """The conversation so far -> pieces of text as they are made, never half a character, nothing that steers a
+        terminal. A base model gets the last turn only and continues it."""
         seen.clear()
         ids = prompt_ids(turns, tokenizer, model.block_size) if answers else [END, *tokenizer.encode(turns[-1])]
-        text = reply(ids, params, generate, tokenizer, cfg, rng, seen)
-        yield turns[-1] if not answers else next(text, "").removeprefix(" ")
-        yield from text
+        steps = generate(state["params"], [ids], choose, cfg.max_new_tokens)
+        pieces = map(printable, tokenizer.stream(step[0] for step in steps))
+        yield next(pieces, "").removeprefix(" ") if answers else turns[-1]
+        yield from pieces
 
     if cfg.prompt:
-        return print("".join(pieces([cfg.prompt])))
+        return print("".join(reply([cfg.prompt])))
     if not sys.stdin.isatty():
         for number, line in enumerate(sys.stdin, 1):
+            answer = ""  # even for an error one line for each line
             try:
-                answer = "".join(pieces([line.strip()]))
+                answer = "".join(reply([line.strip()])).replace("\n", " ")
             except InputError as e:
                 print(f"error: standard input:{number}: {e}", file=sys.stderr)
-                answer = ""  # still one line for each line
-            print(answer.replace("\n", " "), flush=True)
+            print(answer, flush=True)
         return
 
     with contextlib.suppress(ImportError):
@@ -113,7 +101,6 @@ def main(argv):
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        command, _, value = line[1:].partition(" ")
         if line == "/quit":
             return
         if line == "/reset":
@@ -126,6 +113,7 @@ def main(argv):
             for f in dataclasses.fields(cfg)[2:]:
                 print(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})")
         elif line.startswith("/"):
+            command, _, value = line[1:].partition(" ")
             try:
                 changed, given = read_flags(Config, [f"--{command}", value.strip()], __doc__)
                 cfg = dataclasses.replace(cfg, **{name: getattr(changed, name) for name in given})
@@ -134,15 +122,14 @@ def main(argv):
         elif line:
             said = ""
             try:
-                for piece in pieces(turns + [line]):
+                for piece in reply([*turns, line]):
                     said += piece
                     print(piece, end="", flush=True)
-            except InputError as e:
+            except (InputError, KeyboardInterrupt) as e:
                 print(e, end="")
-            except KeyboardInterrupt:
-                pass
             print()
-            turns = turns + [line, said] if said else turns
+            if said:
+                turns += [line, said]
 
 
 if __name__ == "__main__":
