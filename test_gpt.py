@@ -468,9 +468,9 @@ def stop(name, *signals):
         process.send_signal(getattr(signal, which))
         said, _, status = end(process)
         killed += status == -signal.SIGKILL
-        asked = re.search(rf"interrupted at step .* go on with: python {script.__name__}.py .*--resume", said)
-        assert asked and status == 130 or which == "SIGKILL"
-        gpt.load_checkpoint(f"again/out/{name}.npz")  # whole, whenever the power fails
+        step = gpt.load_checkpoint(f"again/out/{name}.npz")[1]["step"]  # whole, whenever the power fails
+        says = rf"interrupted at step {step}, saved .* go on with: python {script.__name__}.py .*--resume"
+        assert status == 130 and re.search(says, said) or which == "SIGKILL"
         process = start(*go_on, cwd="again")
     assert end(process)[2] == 0
     assert_same_run("out", "again/out", name, log)
