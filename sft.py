@@ -29,20 +29,19 @@ from prepare import ASSISTANT, END, USER, InputError, Tokenizer, read_flags, run
 
 def read_records(path):
     """A JSON list or JSON lines, also .gz -> [(record, "file:line")]."""
-    lines = list(prepare.read_lines(path))
-    whole = "".join(line for line, _ in lines)
-    if whole.lstrip().startswith("["):
-        lines = [(whole, path)]
+    lines = [(line, source) for line, source in prepare.read_lines(path) if line.strip()]
+    is_list = bool(lines) and lines[0][0].lstrip().startswith("[")
+    if is_list:
+        lines = [("".join(line for line, _ in lines), path)]
     records = []
     for text, source in lines:
         try:
-            found = json.loads(text) if text.strip() else []
+            record = json.loads(text)
         except (ValueError, RecursionError) as e:
             raise InputError(f"{source}: not JSON ({e})") from None
-        if isinstance(found, list):
-            records += [(record, f"{source}: record {i}") for i, record in enumerate(found, 1)]
-        else:
-            records.append((found, source))
+        records.append((record, source))
+    if is_list:
+        records = [(record, f"{path}: record {i}") for i, record in enumerate(record, 1)]
     if not records:
         raise InputError(f"{path}: empty; give it questions and answers")
     return records

@@ -413,7 +413,7 @@ def printed(tmp_path_factory):
 
 def test_the_road_from_text_to_answers(printed):
     for words in ("expected first loss ln", "next: python sft.py", "left out: 1 of 7", "answers end by themselves",
-                  "27 preferences (9 longer", "chosen preferred, %", "margin"):
+                  "left out: 9 of 36", "27 examples, 2 of them held out", "chosen preferred, %", "margin"):
         assert words in printed
     tokenizer = gpt.load_checkpoint("out/base.npz")[3]
     assert ids_in("data") == [i for text in DOCUMENTS for i in tokenizer.encode(text) + [END]]
