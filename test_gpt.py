@@ -457,6 +457,7 @@ def stop(name, *signals):
         "chat": (sft, CHAT, "log_sft.csv", [chat, "--prompt=hi"]),  # which has sft.py go on
         "dpo": (sft, DPO, "log_dpo.csv", [sft, "--dpo", "--resume"])}[name]
     killed = 0
+    shutil.rmtree("again", ignore_errors=True)
     for folder in ("data", "out"):
         shutil.copytree(folder, f"again/{folder}", ignore=shutil.ignore_patterns("log*"))
     process = start(script, *flags, "--save_every=7", cwd="again")
@@ -464,7 +465,7 @@ def stop(name, *signals):
         if i and which == "SIGKILL":
             time.sleep(RNG.uniform(0, 3))  # at any moment; the first and Ctrl-C while it trains
         else:
-            wait_for_rows(f"again/out/{log}", RNG.integers(3, 20), process)
+            wait_for_rows(f"again/out/{log}", RNG.integers(9, 20), process)
         process.send_signal(getattr(signal, which))
         said, _, status = end(process)
         killed += status == -signal.SIGKILL
@@ -476,7 +477,6 @@ def stop(name, *signals):
     assert_same_run("out", "again/out", name, log)
     kept = Path(f"again/out/{name}.prev.npz").read_bytes()  # a fresh run keeps the one before it
     assert kept == Path(f"out/{name}.npz").read_bytes()
-    shutil.rmtree("again")
     return killed
 
 
