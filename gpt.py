@@ -709,10 +709,10 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
         used_up = jax.tree.map(put, state, home)
         cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, used_up, step, batches, validate))
     state = jax.tree.map(put, state, home)
-    if not done:
+    if not cfg.resume:
         save(begun := path.with_name("begun.npz"))  # a folder that cannot be written fails now, nothing touched
     if writes:
-        if not done:
+        if not cfg.resume:
             keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
             os.replace(begun, path)
         begin_log(log_path, done)

@@ -465,7 +465,7 @@ def stop(name, *signals):
         if i and which == "SIGKILL":
             time.sleep(RNG.uniform(0, 3))  # at any moment; the first and Ctrl-C while it trains
         else:
-            wait_for_rows(f"again/out/{log}", RNG.integers(9, 20), process)
+            wait_for_rows(f"again/out/{log}", RNG.integers(3, 20), process)
         process.send_signal(getattr(signal, which))
         said, _, status = end(process)
         killed += status == -signal.SIGKILL
