@@ -355,8 +355,8 @@ def encode_group(group, tokenizer):
 
 def write_tokens(lines, vocab_size, val_fraction, out_dir, expected=0):
     """Lines of documents -> tokenizer.json, train.bin, val.bin. The tokenizer learns from the first 32 million
-    characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written. `expected` bytes, if
-    known, give the time left."""
+    characters; the rest streams through all cores. Nothing in out_dir changes before all of it is written. The
+    `expected` bytes, where known, give the time left."""
     started, groups, words = time.time(), in_groups(lines), Counter()
     first = list(itertools.islice(groups, 32))
     for text, _ in itertools.chain(*first):
