@@ -1,6 +1,6 @@
 """Talk to the model: it answers with a chat checkpoint and continues the text with a base checkpoint.
 
-    python chat.py                            # from nothing: makes data, base and chat model first, 3 to 5 minutes
+    python chat.py                            # from nothing: makes data, base and chat model first, 2 to 5 minutes
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py      # one answer a line
 
