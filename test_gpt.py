@@ -573,7 +573,7 @@ def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_no
 
 def test_two_processes_train_as_one_and_fall_together(printed):
     """With split parameters; when one is killed the other ends at once, and both go on to the same bits."""
-    flags = [*TINY, "--max_steps=60", "--save_every=5", "--learning_rate=1e-3", "--eval_every=30"]
+    flags = [*TINY, "--max_steps=60", "--save_every=5", "--learning_rate=4e-4", "--eval_every=30", "--dtype=float32"]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
     def start_both(*more):
