@@ -77,7 +77,10 @@ def main(argv):
         ids = prompt_ids(turns, tokenizer, model.block_size) if answers else [END, *tokenizer.encode(turns[-1])]
         steps = generate(state["params"], [ids], choose, cfg.max_new_tokens)
         pieces = map(printable, tokenizer.stream(step[0] for step in steps))
-        yield next(pieces, "").removeprefix(" ") if answers else turns[-1]
+        if answers:
+            yield next(pieces, "").removeprefix(" ")
+        else:
+            yield printable(turns[-1])
         yield from pieces
 
     if cfg.prompt:
@@ -101,22 +104,23 @@ def main(argv):
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             return print()
-        if line == "/quit":
+        command, _, value = line.partition(" ")
+        if command == "/quit":
             return
-        if line == "/reset":
+        if command == "/reset":
             turns = []
-        elif line == "/probs":
+        elif command == "/probs":
             show_probabilities(seen, tokenizer)
-        elif line == "/help":
+        elif command == "/help":
             print("/reset forgets the conversation, /probs shows how sure the last answer was, /quit or Ctrl-D ends;"
                   " Ctrl-C stops an answer. Settings:")
-            for f in dataclasses.fields(cfg)[2:]:
+            for f in dataclasses.fields(cfg)[2:]:  # not the checkpoint, not the prompt
                 print(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})")
         elif line.startswith("/"):
-            command, _, value = line[1:].partition(" ")
             try:
-                changed, given = read_flags(Config, [f"--{command}", value.strip()], __doc__)
+                changed, given = read_flags(Config, [f"--{command[1:]}", value.strip()], __doc__)
                 cfg = dataclasses.replace(cfg, **{name: getattr(changed, name) for name in given})
+                rng = np.random.default_rng(cfg.seed)  # so that answers before and after can be compared
             except InputError as e:
                 print(str(e).replace("--help", "/help").replace("--", "/"))
         elif line:

@@ -9,7 +9,9 @@ Reading order: settings, parameters, layers, model, loss, optimiser, step, data,
 
     B batch   T time (tokens)   S time of keys and values   C width   H heads   D = C / H   V vocabulary
 """
+import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import json
@@ -20,23 +22,23 @@ import signal
 import sys
 import time
 
-started = pathlib.Path(sys.argv[0]).name
-if sys.platform == "linux" and started in ("gpt.py", "sft.py", "chat.py") and "GLIBC_TUNABLES" not in os.environ:
-    # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, a sixth of the step, or of 2 MB if the C
-    # library asks for them. It reads that when a program starts, so this one starts once more.
+program = pathlib.Path(sys.argv[0]).name
+if sys.platform == "linux" and program in ("gpt.py", "sft.py", "chat.py") and "GLIBC_TUNABLES" not in os.environ:
+    # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, which takes a sixth of a step's time, or
+    # of 2 MB if the C library asks for them. It reads that when a program starts, so this one starts once more.
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import numpy as np
 
 import prepare
-from prepare import (END, InputError, Tokenizer, printable, read_flags, run, setting, show_progress, time_left,
+from prepare import (CORES, END, InputError, Tokenizer, printable, read_flags, run, setting, show_progress, time_left,
                      whole_file)
 
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")  # Apple's jax-metal needs it, nobody else minds
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # A CPU device for each core: small matrix products run faster on one core each than spread over all of them.
-    devices = f" --xla_force_host_platform_device_count={os.cpu_count() or 1}"
+    devices = f" --xla_force_host_platform_device_count={CORES}"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + devices
 
 import jax
@@ -68,7 +70,7 @@ class Training:
     minutes: float = setting(0.0, "train for about so long: measures the speed, sets max_steps; 0 means off")
     learning_rate: float = setting(4e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it")
     warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps")
-    weight_decay: float = setting(0.3, "of matrices")
+    weight_decay: float = setting(0.6, "of matrices")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
     beta1: float = setting(0.9, "Adam's memory of the gradient", high=0.9999)
     beta2: float = setting(0.99, "Adam's memory of the squared gradient", high=0.999999)
@@ -183,8 +185,8 @@ def weight_gradient(a, b):
 
 
 @weight_gradient.def_vmap
-def _(size, batched, a, b):  # of a batch, summed, as one product: vmap would make B products and add them
-    return rounded(a, b, ((0, 1), (0, 1))), False
+def _(size, batched, a, b):  # of a batch as one product: vmap would make B products, and add them
+    return rounded(a, b, ((0, 1), (0, 1))), False  # False: the sum has no batch axis, as w has none
 
 
 def norm(x, gain):
@@ -228,7 +230,7 @@ QUERIES = 128
 
 
 def parts(T):
-    """So many queries at a time, which see only the keys up to their own: half the work. -> (start, end, mask) each."""
+    """Blocks of QUERIES queries; each sees only the keys up to its own end: half the work. -> (start, end, mask) each."""
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         yield start, end, np.tri(end - start, end, start, dtype=bool)
@@ -251,11 +253,11 @@ def causal_head_backward(saved, dy):
     """With P = softmax(scores), a row for each query: dV = P^T dY, dP = dY V^T, dscores = P (dP - sum(dP P)), where the
     sum is that of dY Y; dQ = dscores K, dK = dscores^T Q. Here all is transposed, a row for each key."""
     q, k, v, y, logs = saved
-    common, dq, dk, dv = (dy * y).sum(-1), [], 0, 0
+    sums, dq, dk, dv = (dy * y).sum(-1), [], 0, 0
     for start, end, allowed in parts(len(q)):
         scores = jnp.where(allowed.T, k[:end] @ q[start:end].T, -1e9)
         weights = jnp.exp(scores - logs[None, start:end])
-        dscores = weights * (v[:end] @ dy[start:end].T - common[None, start:end])
+        dscores = weights * (v[:end] @ dy[start:end].T - sums[None, start:end])
         later = ((0, len(q) - end), (0, 0))
         dq.append(k[:end].T @ dscores)
         dk += jnp.pad(dscores @ q[start:end], later)
@@ -322,14 +324,13 @@ def forward(params, tokens, model, key=None, at=None, cache=None):
         S = np.arange(model.block_size)
         where = dict(cos=rows(cos, at[None]), sin=rows(sin, at[None]), here=(S == at)[None, :, None],
                      allowed=(S <= at)[None])
-        at = None
     keys = [None] * (2 * model.n_layer + 1) if key is None else jax.random.split(key, 2 * model.n_layer + 1)
     x = drop(rows(params["wte"], tokens), model, keys[-1])
     new_cache = []
     for i, parameters in enumerate(params["blocks"]):
         x, kv = block(x, **parameters, where=where, cache=cache[i], model=model, keys=keys[2 * i:])
         new_cache.append(kv)
-    if at is not None:
+    if at is not None and cache[0] is None:
         x = rows(x, at[None])
     return matmul(norm(x, params["norm"]), params["wte"], model, axis=1), new_cache  # the head is the embedding
 
@@ -391,6 +392,7 @@ def adam(state, grads, rates, cfg):
         decay = cfg.weight_decay * p if p.ndim > 1 else 0
         return p - lr * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay), m, v
 
+    # a tree of triples -> a triple of trees
     updated = jax.tree.map(update, state["params"], state["m"], state["v"], grads)
     return dict(zip(("params", "m", "v"), jax.tree.transpose(jax.tree.structure(grads), None, updated)))
 
@@ -630,7 +632,7 @@ def resume_config(cfg, given, saved, path):
 def begin_log(path, step):
     """Make log.csv ready to be written on from `step`: rows beyond it, of a run that was cut off, go."""
     lines = path.read_text(errors="replace").splitlines() if step and path.exists() else []
-    lines = [line for line in lines if line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= step]
+    lines = [line for line in lines if line.count(",") == 6 and line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= step]
     with whole_file(path) as file:
         header = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
         file.write("".join(f"{line}\n" for line in [header, *lines]).encode())
@@ -641,6 +643,8 @@ def sum_up(log_path, width=64, height=8):
     with open(log_path, newline="") as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["train_loss"]) for row in rows]
+    if not losses:
+        return 0
     means = [np.mean(part) for part in np.array_split(losses, min(width, len(losses)))]
     low, high = min(means), max(means)
     level = [round((m - low) / max(high - low, 1e-9) * (height - 1)) for m in means]
@@ -705,8 +709,8 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
 
     path.parent.mkdir(parents=True, exist_ok=True)
     batches, began, home = batches_of(done), time.time() - about["seconds"], homes(state, cfg)
-    if cfg.minutes and not done:
-        used_up = jax.tree.map(put, state, home)
+    if cfg.minutes and not cfg.resume:
+        used_up = jax.tree.map(put, state, home)  # a step destroys the state that it is given
         cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, used_up, step, batches, validate))
     state = jax.tree.map(put, state, home)
     if not cfg.resume:
@@ -731,10 +735,13 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             stop = bool(multihost_utils.process_allgather(np.array(stop)).any())
         if done == first + 1:
             started = time.time()  # the first step also compiled: the time left is reckoned from here
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # where the C library has it
+                ctypes.CDLL(None).malloc_trim(0)  # the compiler's memory, some 150 MB, back to the system
         if not math.isfinite(value):
             raise InputError(f"step {done}: the loss is {value}; {path} is from before, --init takes it;"
                              " try a smaller --learning_rate")
-        last, seen = done == cfg.max_steps or stop, ("", "")
+        last = done == cfg.max_steps or stop
+        seen = "", ""
         due = lambda every: every > 0 and (done % every == 0 or done == cfg.max_steps)
         if validate and due(cfg.eval_every):
             seen = validate(state["params"])
@@ -802,7 +809,7 @@ def main(argv):
     data_dir = pathlib.Path(cfg.data_dir)
     if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
         raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the {jax.device_count()} devices")
-    if "data_dir" not in given and jax.process_count() == 1 and not (data_dir / "train.bin").exists():
+    if not start and "data_dir" not in given and jax.process_count() == 1 and not (data_dir / "train.bin").exists():
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main(["--out_dir", str(data_dir)])
     data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
@@ -845,7 +852,8 @@ def main(argv):
         raise InputError(f"a process of this run died or is out of reach ({str(e).splitlines()[0]});"
                          " start all of them again with --resume") from None
     show_sample(state["params"])
-    print(f"checkpoint: {path}\nnext: python sft.py   (or continue a text: python chat.py {path})")
+    pairs = "" if (data_dir / "qa.jsonl").exists() else " PAIRS"
+    print(f"checkpoint: {path}\nnext: python sft.py{pairs}   (or continue a text: python chat.py {path})")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from multiprocessing import Pool
 
 import numpy as np
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 # ---------------------------------------------------------------- errors and flags
 
 
@@ -51,6 +53,8 @@ def run(main, argv=None):
         problem = str(e)
     except OSError as e:
         problem = f"{e.filename or 'a file'}: {e.strerror or e}"
+    except (NotImplementedError, RecursionError):  # mistakes in the program
+        raise
     except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
         problem = (f"{(str(e) or 'out of memory').splitlines()[0][:200]}; a smaller model or batch may fit, the"
                    " versions of requirements.txt may work better, JAX_PLATFORMS=cpu uses the CPU")
@@ -258,7 +262,7 @@ class Tokenizer:
 # ---------------------------------------------------------------- reading text, writing tokens
 
 PIECE = 1 << 20  # characters; text is read and encoded in pieces of about this size
-TEXT_FILES = {".txt", ".md", ".jsonl"}
+TEXT_FILES = tuple(kind + packed for kind in (".txt", ".md", ".jsonl") for packed in ("", ".gz", ".bz2"))
 
 
 def read_lines(path):
@@ -295,9 +299,9 @@ def files_in(paths):
         if path == "-" or not stat.S_ISDIR(os.stat(path).st_mode):  # what is missing is an error now, not later
             files.append(path)
         else:
-            inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if TEXT_FILES & set(p.suffixes[-2:]))
+            inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if p.name.endswith(TEXT_FILES) and p.is_file())
             if not inside:
-                raise InputError(f"{path}: a folder without text files ({', '.join(sorted(TEXT_FILES))})")
+                raise InputError(f"{path}: a folder without text files ({', '.join(TEXT_FILES)})")
             files += inside
     return files
 
@@ -366,13 +370,13 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, expected=0):
         vocab_size = max(384, min(1 << 15, round(length**0.5 / 2)))
     tokenizer = Tokenizer(train_bpe(words, vocab_size))
     encode = functools.partial(encode_group, tokenizer=tokenizer)
-    groups, cores = itertools.chain(first, groups), os.cpu_count() or 1
-    workers = Pool(cores) if len(first) > 4 else contextlib.nullcontext()
+    groups = itertools.chain(first, groups)
+    workers = Pool(CORES) if len(first) > 4 else contextlib.nullcontext()
     bytes_of = np.array([len(b) for b in tokenizer.bytes])
     size, n_bytes, ends = 0, 0, [np.array([], int)]
     out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "train.bin") as train, workers as pool:
-        while some := list(itertools.islice(groups, 4 * cores)):
+        while some := list(itertools.islice(groups, 4 * CORES)):
             for ids in pool.imap(encode, some) if pool else map(encode, some):
                 ids.tofile(train)
                 ends.append(np.flatnonzero(ids == END) + size + 1)
@@ -381,7 +385,7 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, expected=0):
             left = time_left(started, n_bytes, expected) if expected else ""
             show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {left}")
         ends, cut = np.concatenate(ends), int(size * (1 - val_fraction))
-        if len(ends) > 1:  # whole documents
+        if len(ends) > 1:  # whole documents, at least one on each side
             cut = int(ends[np.searchsorted(ends[:-2], cut)])
         if not 2 <= cut <= size - 2:
             raise InputError(f"too little text: {size} tokens; give it more")
@@ -517,7 +521,7 @@ class Settings:
                           " input; nothing: the built-in corpus", nargs="*", positional="inputs", metavar="INPUT")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
     vocab_size: int = setting(0, "tokens in the vocabulary; 0 fits it to the text", high=1 << 16)
-    val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation", high=0.9)
+    val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation", low=1e-6, high=0.9)
     max_bytes: int = setting(0, "take only about so much from the beginning of the text; 0 takes all of it")
     seed: int = setting(0, "divides the built-in corpus into A, B and C", high=2**32 - 1)
 
@@ -532,12 +536,15 @@ def main(argv):
         plain = [f for f in files if f != "-" and not f.endswith((".gz", ".bz2"))]
         expected = s.max_bytes or (sum(map(os.path.getsize, plain)) if plain == files else 0)
         write_tokens(read_documents(files, s.max_bytes), s.vocab_size, s.val_fraction, out_dir, expected)
+        for name in ("qa.jsonl", "qa_test.jsonl"):  # of the built-in corpus, which is no longer there
+            (out_dir / name).unlink(missing_ok=True)
     else:
         documents, train, test = built_in_corpus(s.seed)
-        write_tokens(((d, True) for d in documents), s.vocab_size or 2048, s.val_fraction, out_dir)
+        out_dir.mkdir(parents=True, exist_ok=True)
         for name, records in [("qa.jsonl", train), ("qa_test.jsonl", test)]:
             with whole_file(out_dir / name) as file:
                 file.writelines(f"{json.dumps(r, ensure_ascii=False)}\n".encode() for r in records)
+        write_tokens(((d, True) for d in documents), s.vocab_size or 2048, s.val_fraction, out_dir)
         print(f"{out_dir}: {len(train)} questions and answers to learn from, {len(test)} to test with")
     print("next: python gpt.py")
 

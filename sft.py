@@ -50,7 +50,7 @@ def read_records(path):
 def turns_of(record, source, answer="response"):
     """One record -> [question, answer, question, answer, ...]; raises InputError naming the line.
 
-    {"instruction", "response"}, Alpaca's {"instruction", "input", "output"}, Dolly's {"instruction", "context",
+    {"instruction" or "prompt", "response"}, Alpaca's {"instruction", "input", "output"}, Dolly's {"instruction", "context",
     "response"}, or {"messages": [{"role", "content"}, ...]} whose system turn goes before the first question. For DPO
     `answer` is "chosen" or "rejected"."""
     roles = ["user", "assistant"]
@@ -64,7 +64,7 @@ def turns_of(record, source, answer="response"):
             record = {"instruction": record.get("prompt"), "response": record.get("output")} | record
             more = [record[k] for k in ("input", "context") if record.get(k)]
             turns = ["\n\n".join([record["instruction"], *more]), record[answer]]
-        right = turns and roles == ["user", "assistant"] * (len(turns) // 2) and all(t.strip() for t in turns[1::2])
+        right = roles == ["user", "assistant"] * max(1, len(roles) // 2) and all(t.strip() for t in turns[1::2])
     except (AttributeError, IndexError, KeyError, TypeError):  # anything can be in a JSON file
         right = False
     if not right or not all(isinstance(t, str) for t in turns):
@@ -313,6 +313,8 @@ class Config(gpt.Training):
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     out_dir, data_dir, dpo = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir), cfg.dpo is not None
+    if dpo and cfg.pairs:
+        raise InputError(f"{cfg.pairs[0]}: preferences go behind --dpo; PAIRS are for fine-tuning")
     only_test = cfg.eval and not (dpo or cfg.pairs or cfg.resume)
     path, log_path = out_dir / f"{'dpo' if dpo else 'chat'}.npz", out_dir / f"log_{'dpo' if dpo else 'sft'}.csv"
     source, script = (out_dir / "chat.npz", main) if dpo or only_test else (out_dir / "base.npz", gpt.main)
@@ -320,9 +322,16 @@ def main(argv):
         unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     if not (cfg.init or cfg.resume):
+        for name in {*cfg.pairs, cfg.eval, cfg.dpo} - {"", None, "-"}:
+            read_records(name)  # what is wrong with it is told now, not after a pretraining
         inherited = [f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given]
         gpt.make_if_missing(source, script, inherited)
         cfg = dataclasses.replace(cfg, init=str(source))
+    if dpo and not cfg.resume and pathlib.Path(cfg.init) == path:
+        raise InputError(f"--init {path}: would be overwritten, but DPO compares with it to the end; rename it first")
+    if not (cfg.resume or cfg.pairs or cfg.dpo or cfg.eval or (data_dir / "qa.jsonl").exists()):
+        raise InputError(f"{data_dir}: no questions, only the built-in corpus has some: python sft.py PAIRS takes your"
+                         " own, python chat.py out/base.npz continues a text")
     state, about, model, tokenizer = gpt.load_checkpoint(path if cfg.resume else cfg.init)
     if cfg.resume:
         cfg = gpt.resume_config(cfg, given if cfg.dpo else given - {"dpo"}, about["config"], path)

@@ -395,6 +395,7 @@ def make():
     """In an empty folder: texts, and a base, a chat and a DPO model made from them. What the programs printed."""
     lines = "\n".join(json.dumps({"text": text}) for text in DOCUMENTS[1:3])
     prefer = [dict(instruction=q, chosen=a, rejected="Z") for q, a in QUESTIONS.items()]
+    Path("in/folder.txt").mkdir(parents=True)
     for path, content in [("in/a.txt", DOCUMENTS[0].encode()), ("in/b.jsonl.gz", gzip.compress(lines.encode())),
                           ("in/c.txt.bz2", bz2.compress(DOCUMENTS[3].encode())),
                           ("data/pairs.json", json.dumps(PAIRS).encode()),
@@ -490,7 +491,7 @@ GOOD = dict(text="a", instruction="q", response="a", chosen="a", rejected="b")
 BAD_RECORDS = [[], 3, None, {}, {"instruction": "q"}, {"text": 3, "instruction": "q", "response": 3}, {"messages": 3},
                {"instruction": "q", "response": " "}, {"messages": [{"role": "user"}]}] + [
     {"messages": [{"role": role, "content": "a"} for role in roles.split()]}
-    for roles in ("", "user", "assistant user", "user user", "user tool", "user assistant user")]
+    for roles in ("", "system", "user", "assistant user", "user user", "user tool", "user assistant user")]
 BAD_FILES = {
     "empty": b"", "blank": b"\n \n", "binary": b"a\0b", "utf16": "hi".encode("utf-16"), "short": b"a", "missing": None,
     "cut.jsonl": b'{"text": "a"', "deep.jsonl": b"[" * 100_000, "cut.gz": gzip.compress(b"text" * 99)[:20],
@@ -505,6 +506,8 @@ MESSAGES = {
     "gpt --data_dir=other --init=out/base.npz": "another vocabulary", "gpt --resume --seed=7": "was begun with 0",
     "gpt --init=in/a.txt": "in/a.txt: not a whole", "gpt --init=out/base.npz --n_layer=2": "was begun with 1",
     "gpt --resume --out_dir=nowhere": "no such checkpoint", "sft --dpo --resume --seed=7": "was begun with 0",
+    "sft": "data: no questions", "sft in/no.jsonl --out_dir=new": "in/no.jsonl: No such file",
+    "sft in/a.txt --dpo": "in/a.txt: preferences go behind --dpo", "sft --dpo --init=out/dpo.npz": "would be overwritten",
     "chat none.npz": "none.npz: no such checkpoint", "chat --top_p=2": "--top_p 2.0: must be from 0 to 1"}
 
 
@@ -600,6 +603,8 @@ def test_two_processes_train_as_one_and_fall_together(printed):
     assert_same_run("two", "halves", "base", "log.csv")
     outcome(gpt.main, "--resume", "--out_dir=alone")  # the run of two processes goes on in one
     assert 5 <= step < 60 and abs(float(cells("alone/log.csv")[step + 1][1]) - two[step]) < 1e-4
+    os.remove("alone/log.csv")
+    assert "next: python sft.py PAIRS" in outcome(gpt.main, "--resume", "--out_dir=alone")
 
 
 def test_the_built_in_corpus_never_tells_c_and_never_asks_about_b():
