@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -141,7 +142,7 @@ def init_params(model, seed=0):
 # ---------------------------------------------------------------- layers
 
 
-def rows(table, ids):
+def lookup(table, ids):
     """table (N, C), ids (T,) -> (T, C). Metal has no usable gradient of table[ids]; there a one-hot product."""
     return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else jnp.asarray(table)[ids]
 
@@ -230,7 +231,7 @@ QUERIES = 128
 
 
 def parts(T):
-    """Blocks of QUERIES queries; each sees only the keys up to its own end: half the work. -> (start, end, mask) each."""
+    """Blocks of QUERIES queries; each sees the keys up to its own end only: half the work. -> (start, end, mask)"""
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         yield start, end, np.tri(end - start, end, start, dtype=bool)
@@ -322,16 +323,16 @@ def forward(params, tokens, model, key=None, at=None, cache=None):
         cache = [None] * model.n_layer
     else:
         S = np.arange(model.block_size)
-        where = dict(cos=rows(cos, at[None]), sin=rows(sin, at[None]), here=(S == at)[None, :, None],
+        where = dict(cos=lookup(cos, at[None]), sin=lookup(sin, at[None]), here=(S == at)[None, :, None],
                      allowed=(S <= at)[None])
     keys = [None] * (2 * model.n_layer + 1) if key is None else jax.random.split(key, 2 * model.n_layer + 1)
-    x = drop(rows(params["wte"], tokens), model, keys[-1])
+    x = drop(lookup(params["wte"], tokens), model, keys[-1])
     new_cache = []
     for i, parameters in enumerate(params["blocks"]):
         x, kv = block(x, **parameters, where=where, cache=cache[i], model=model, keys=keys[2 * i:])
         new_cache.append(kv)
     if at is not None and cache[0] is None:
-        x = rows(x, at[None])
+        x = lookup(x, at[None])
     return matmul(norm(x, params["norm"]), params["wte"], model, axis=1), new_cache  # the head is the embedding
 
 
@@ -538,22 +539,22 @@ def make_generator(model):
                                (None, 0, 0, 0)))
 
     def generate(params, prompts, choose, max_new_tokens):
-        rows, alive, cache = [list(p[-T:]) for p in prompts], [True] * len(prompts), None
-        whole, placed = placements(len(rows), jax.local_devices())
+        contexts, alive, cache = [list(p[-T:]) for p in prompts], [True] * len(prompts), None
+        whole, placed = placements(len(contexts), jax.local_devices())
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
-            if any(len(r) > T for r in rows):
-                rows, cache = [r if len(r) <= T else r[-(T // 2 + 1):] for r in rows], None
-            at = put(np.array([len(r) - 1 for r in rows], np.int32), placed)
+            if any(len(r) > T for r in contexts):
+                contexts, cache = [r if len(r) <= T else r[-(T // 2 + 1):] for r in contexts], None
+            at = put(np.array([len(r) - 1 for r in contexts], np.int32), placed)
             if cache is None:
-                tokens = np.array([r + [END] * (T - len(r)) for r in rows], np.int32)
+                tokens = np.array([r + [END] * (T - len(r)) for r in contexts], np.int32)
                 logits, cache = prefill(params, put(tokens, placed), at)
             else:
-                tokens = np.array([r[-1] for r in rows], np.int32)
+                tokens = np.array([r[-1] for r in contexts], np.int32)
                 logits, cache = advance(params, put(tokens, placed), at, cache)
-            new = [choose(i, row[0], rows[i]) if alive[i] else None for i, row in enumerate(np.asarray(logits))]
+            new = [choose(i, row[0], contexts[i]) if alive[i] else None for i, row in enumerate(np.asarray(logits))]
             alive = [id not in (None, END) for id in new]
-            rows = [r + [id] if goes_on else r for r, id, goes_on in zip(rows, new, alive)]
+            contexts = [r + [id] if goes_on else r for r, id, goes_on in zip(contexts, new, alive)]
             yield new
             if not any(alive):
                 return
@@ -562,8 +563,6 @@ def make_generator(model):
 
 
 # ---------------------------------------------------------------- checkpoint
-
-FORMAT = 1
 
 
 def named_leaves(tree):
@@ -579,7 +578,7 @@ def save_checkpoint(path, state, about):
     if not all(np.isfinite(a).all() for a in arrays.values()):
         raise InputError(f"{path}: not written, the parameters are no longer finite; try a smaller --learning_rate")
     with whole_file(path) as file:
-        np.savez(file, about=np.array(json.dumps(dict(about, format=FORMAT))), **arrays)
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
 def load_checkpoint(path):
@@ -588,8 +587,6 @@ def load_checkpoint(path):
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays.pop("about")))
-        if about["format"] > FORMAT:
-            raise InputError(f"{path}: written by a newer version; update this program")
         model, tokenizer = Model(**about["model"]), Tokenizer.from_json(about["tokenizer"], path)
         leaves, structure = named_leaves(new_state(init_params(model)))
         for name, leaf in leaves.items():
@@ -632,10 +629,10 @@ def resume_config(cfg, given, saved, path):
 def begin_log(path, step):
     """Make log.csv ready to be written on from `step`: rows beyond it, of a run that was cut off, go."""
     lines = path.read_text(errors="replace").splitlines() if step and path.exists() else []
-    lines = [line for line in lines if line.count(",") == 6 and line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= step]
+    whole = [line for line in lines if re.match(r"\d+(,[^,]*){6}$", line) and int(line.split(",")[0]) <= step]
     with whole_file(path) as file:
         header = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
-        file.write("".join(f"{line}\n" for line in [header, *lines]).encode())
+        file.write("".join(f"{line}\n" for line in [header, *whole]).encode())
 
 
 def sum_up(log_path, width=64, height=8):

@@ -299,7 +299,8 @@ def files_in(paths):
         if path == "-" or not stat.S_ISDIR(os.stat(path).st_mode):  # what is missing is an error now, not later
             files.append(path)
         else:
-            inside = sorted(str(p) for p in pathlib.Path(path).rglob("*") if p.name.endswith(TEXT_FILES) and p.is_file())
+            inside = pathlib.Path(path).rglob("*")
+            inside = sorted(str(p) for p in inside if p.name.endswith(TEXT_FILES) and p.is_file())
             if not inside:
                 raise InputError(f"{path}: a folder without text files ({', '.join(TEXT_FILES)})")
             files += inside

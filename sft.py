@@ -50,9 +50,9 @@ def read_records(path):
 def turns_of(record, source, answer="response"):
     """One record -> [question, answer, question, answer, ...]; raises InputError naming the line.
 
-    {"instruction" or "prompt", "response"}, Alpaca's {"instruction", "input", "output"}, Dolly's {"instruction", "context",
-    "response"}, or {"messages": [{"role", "content"}, ...]} whose system turn goes before the first question. For DPO
-    `answer` is "chosen" or "rejected"."""
+    {"instruction" or "prompt", "response"}, Alpaca's {"instruction", "input", "output"}, Dolly's {"instruction",
+    "context", "response"}, or {"messages": [{"role", "content"}, ...]} whose system turn goes before the first
+    question. For DPO `answer` is "chosen" or "rejected"."""
     roles = ["user", "assistant"]
     try:
         if "messages" in record and answer == "response":
@@ -317,7 +317,7 @@ def main(argv):
         raise InputError(f"{cfg.pairs[0]}: preferences go behind --dpo; PAIRS are for fine-tuning")
     only_test = cfg.eval and not (dpo or cfg.pairs or cfg.resume)
     path, log_path = out_dir / f"{'dpo' if dpo else 'chat'}.npz", out_dir / f"log_{'dpo' if dpo else 'sft'}.csv"
-    source, script = (out_dir / "chat.npz", main) if dpo or only_test else (out_dir / "base.npz", gpt.main)
+    base, script = (out_dir / "chat.npz", main) if dpo or only_test else (out_dir / "base.npz", gpt.main)
     if dpo:
         unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
@@ -325,8 +325,8 @@ def main(argv):
         for name in {*cfg.pairs, cfg.eval, cfg.dpo} - {"", None, "-"}:
             read_records(name)  # what is wrong with it is told now, not after a pretraining
         inherited = [f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given]
-        gpt.make_if_missing(source, script, inherited)
-        cfg = dataclasses.replace(cfg, init=str(source))
+        gpt.make_if_missing(base, script, inherited)
+        cfg = dataclasses.replace(cfg, init=str(base))
     if dpo and not cfg.resume and pathlib.Path(cfg.init) == path:
         raise InputError(f"--init {path}: would be overwritten, but DPO compares with it to the end; rename it first")
     if not (cfg.resume or cfg.pairs or cfg.dpo or cfg.eval or (data_dir / "qa.jsonl").exists()):

@@ -507,7 +507,8 @@ MESSAGES = {
     "gpt --init=in/a.txt": "in/a.txt: not a whole", "gpt --init=out/base.npz --n_layer=2": "was begun with 1",
     "gpt --resume --out_dir=nowhere": "no such checkpoint", "sft --dpo --resume --seed=7": "was begun with 0",
     "sft": "data: no questions", "sft in/no.jsonl --out_dir=new": "in/no.jsonl: No such file",
-    "sft in/a.txt --dpo": "in/a.txt: preferences go behind --dpo", "sft --dpo --init=out/dpo.npz": "would be overwritten",
+    "sft in/a.txt --dpo": "in/a.txt: preferences go behind --dpo",
+    "sft --dpo --init=out/dpo.npz": "would be overwritten",
     "chat none.npz": "none.npz: no such checkpoint", "chat --top_p=2": "--top_p 2.0: must be from 0 to 1"}
 
 
