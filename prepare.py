@@ -537,8 +537,9 @@ def main(argv):
         plain = [f for f in files if f != "-" and not f.endswith((".gz", ".bz2"))]
         expected = s.max_bytes or (sum(map(os.path.getsize, plain)) if plain == files else 0)
         write_tokens(read_documents(files, s.max_bytes), s.vocab_size, s.val_fraction, out_dir, expected)
-        for name in ("qa.jsonl", "qa_test.jsonl"):  # of the built-in corpus, which is no longer there
-            (out_dir / name).unlink(missing_ok=True)
+        for name in ("qa", "qa_test"):  # questions about the built-in corpus do not fit this text
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(out_dir / f"{name}.jsonl", out_dir / f"{name}.prev.jsonl")
     else:
         documents, train, test = built_in_corpus(s.seed)
         out_dir.mkdir(parents=True, exist_ok=True)
