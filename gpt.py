@@ -254,16 +254,19 @@ def causal_head_backward(saved, dy):
     """With P = softmax(scores), a row for each query: dV = P^T dY, dP = dY V^T, dscores = P (dP - sum(dP P)), where the
     sum is that of dY Y; dQ = dscores K, dK = dscores^T Q. Here all is transposed, a row for each key."""
     q, k, v, y, logs = saved
-    sums, dq, dk, dv = (dy * y).sum(-1), [], 0, 0
+    sums, dq, dk, dv = (dy * y).sum(-1), [], [], []
     for start, end, allowed in parts(len(q)):
         scores = jnp.where(allowed.T, k[:end] @ q[start:end].T, -1e9)
         weights = jnp.exp(scores - logs[None, start:end])
         dscores = weights * (v[:end] @ dy[start:end].T - sums[None, start:end])
-        later = ((0, len(q) - end), (0, 0))
-        dq.append(k[:end].T @ dscores)
-        dk += jnp.pad(dscores @ q[start:end], later)
-        dv += jnp.pad(weights @ dy[start:end], later)
-    return jnp.concatenate(dq, axis=1).T, dk, dv
+        dq.append((k[:end].T @ dscores).T)
+        dk.append(dscores @ q[start:end])
+        dv.append(weights @ dy[start:end])
+
+    def add_up(shares):  # a block of keys has a share from its own queries and from all later ones
+        return jnp.concatenate([sum(s[start:end] for s in shares if end <= len(s)) for start, end, _ in parts(len(q))])
+
+    return jnp.concatenate(dq), add_up(dk), add_up(dv)
 
 
 causal_head.defvjp(causal_head_forward, causal_head_backward)
