@@ -147,33 +147,32 @@ def lookup(table, ids):
     return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else jnp.asarray(table)[ids]
 
 
+def contract(a, b, axes):
+    """Products of a and b, added up in float32 over one axis of each, or over several."""
+    return jnp.tensordot(a, b, axes, preferred_element_type=np.float32)
+
+
 def matmul(x, w, model, axis=0):
     """x (T, M) times a weight matrix w (M, N), or with axis 1 (N, M), in the model's dtype, the result in float32."""
-    if model.dtype == "float32":
-        return x @ (w if axis == 0 else w.T)
-    return rounded_matmul(x, w, axis)
-
-
-def rounded(a, b, dims):
-    """Contract dims of a and b, both rounded to bfloat16, sums in float32."""
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jax.lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+    return contract(x, w, (1, axis)) if model.dtype == "float32" else rounded_matmul(x, w, axis)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rounded_matmul(x, w, axis):
     """In bfloat16. With a backward pass of its own: jax.grad would multiply bfloat16 by float32, much slower."""
-    return rounded(x, w, ((1,), (axis,)))
+    return rounded_matmul_forward(x, w, axis)[0]
 
 
 def rounded_matmul_forward(x, w, axis):
-    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return contract(x, w, (1, axis)), (x, w)
 
 
 def rounded_matmul_backward(axis, saved, dy):
     x, w = saved
+    dy = dy.astype(jnp.bfloat16)
     dw = weight_gradient(x, dy) if axis == 0 else weight_gradient(dy, x)
-    return rounded(dy, w, ((1,), (1 - axis,))), dw
+    return contract(dy, w, (1, 1 - axis)), dw
 
 
 rounded_matmul.defvjp(rounded_matmul_forward, rounded_matmul_backward)
@@ -182,12 +181,12 @@ rounded_matmul.defvjp(rounded_matmul_forward, rounded_matmul_backward)
 @jax.custom_batching.custom_vmap
 def weight_gradient(a, b):
     """Of one sequence: a (T, M), b (T, N) -> (M, N)."""
-    return rounded(a, b, ((0,), (0,)))
+    return contract(a, b, (0, 0))
 
 
 @weight_gradient.def_vmap
 def _(size, batched, a, b):  # of a batch as one product: vmap would make B products, and add them
-    return rounded(a, b, ((0, 1), (0, 1))), False  # False: the sum has no batch axis, as w has none
+    return contract(a, b, ((0, 1), (0, 1))), False  # False: the sum has no batch axis, as w has none
 
 
 def norm(x, gain):
@@ -220,11 +219,11 @@ def drop(x, model, key):
 def head(q, k, v, allowed):
     """One attention head (arXiv 1706.03762, eq. 1): q (T, D), divided by sqrt(D) already, k and v (S, D), allowed
     (T, S) -> (T, D), and the logarithms of the softmax's denominators (T,)."""
-    scores = jnp.where(allowed, q @ k.T, -1e9)  # finite: -inf gives NaN on Metal
+    scores = jnp.where(allowed, contract(q, k, (1, 1)), -1e9)  # finite: -inf gives NaN on Metal
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    return weights @ v / total, (top + jnp.log(total))[:, 0]  # divided last: D numbers, not S
+    return contract(weights.astype(v.dtype), v, (1, 0)) / total, (top + jnp.log(total))[:, 0]  # divided last: D numbers, not S
 
 
 QUERIES = 128
@@ -237,39 +236,55 @@ def parts(T):
         yield start, end, np.tri(end - start, end, start, dtype=bool)
 
 
-@jax.custom_vjp
-def causal_head(q, k, v):
-    """One head over a whole sequence: q, k, v (T, D) -> (T, D). The backward pass is written by hand: it computes the
-    weights again instead of keeping T x T of them (arXiv 2205.14135), with products in an order that suits a CPU."""
-    return causal_head_forward(q, k, v)[0]
+def over_heads(f, *arrays):
+    """f of each head. On a CPU and for long contexts of one after the other: what it computes then stays in the cache."""
+    if jax.default_backend() == "cpu" and arrays[0].shape[1] > QUERIES:
+        return jax.lax.map(lambda one: f(*one), arrays)
+    return jax.vmap(f)(*arrays)
 
 
-def causal_head_forward(q, k, v):
-    y, logs = zip(*(head(q[start:end], k[:end], v[:end], allowed) for start, end, allowed in parts(len(q))))
-    y, logs = jnp.concatenate(y), jnp.concatenate(logs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def causal_heads(q, k, v, dtype):
+    """All heads over a whole sequence: q, k, v (H, T, D) -> (H, T, D). The backward pass is written by hand: it computes
+    the weights again instead of keeping T x T of them (arXiv 2205.14135), with products in an order that suits a CPU."""
+    return causal_heads_forward(q, k, v, dtype)[0]
+
+
+def causal_heads_forward(q, k, v, dtype):
+    q, k, v = (z.astype(dtype) for z in (q, k, v))
+    y, logs = over_heads(causal_head, q, k, v)
     return y, (q, k, v, y, logs)
 
 
-def causal_head_backward(saved, dy):
+def causal_heads_backward(dtype, saved, dy):
+    return over_heads(causal_head_gradients, *saved, dy)
+
+
+causal_heads.defvjp(causal_heads_forward, causal_heads_backward)
+
+
+def causal_head(q, k, v):
+    y, logs = zip(*(head(q[start:end], k[:end], v[:end], allowed) for start, end, allowed in parts(len(q))))
+    return jnp.concatenate(y), jnp.concatenate(logs)
+
+
+def causal_head_gradients(q, k, v, y, logs, dy):
     """With P = softmax(scores), a row for each query: dV = P^T dY, dP = dY V^T, dscores = P (dP - sum(dP P)), where the
     sum is that of dY Y; dQ = dscores K, dK = dscores^T Q. Here all is transposed, a row for each key."""
-    q, k, v, y, logs = saved
-    sums, dq, dk, dv = (dy * y).sum(-1), [], [], []
+    sums, dy, dq, dk, dv = (dy * y).sum(-1), dy.astype(q.dtype), [], [], []
     for start, end, allowed in parts(len(q)):
-        scores = jnp.where(allowed.T, k[:end] @ q[start:end].T, -1e9)
+        scores = jnp.where(allowed.T, contract(k[:end], q[start:end], (1, 1)), -1e9)
         weights = jnp.exp(scores - logs[None, start:end])
-        dscores = weights * (v[:end] @ dy[start:end].T - sums[None, start:end])
-        dq.append((k[:end].T @ dscores).T)
-        dk.append(dscores @ q[start:end])
-        dv.append(weights @ dy[start:end])
+        dscores = weights * (contract(v[:end], dy[start:end], (1, 1)) - sums[None, start:end])
+        weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
+        dq.append(contract(k[:end], dscores, (0, 0)).T)
+        dk.append(contract(dscores, q[start:end], (1, 0)))
+        dv.append(contract(weights, dy[start:end], (1, 0)))
 
     def add_up(shares):  # a block of keys has a share from its own queries and from all later ones
         return jnp.concatenate([sum(s[start:end] for s in shares if end <= len(s)) for start, end, _ in parts(len(q))])
 
     return jnp.concatenate(dq), add_up(dk), add_up(dv)
-
-
-causal_head.defvjp(causal_head_forward, causal_head_backward)
 
 
 def cudnn_can(model):
@@ -295,7 +310,7 @@ def attention(x, wqkv, wo, where, cache, model):
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
         y, _ = jax.vmap(head, (0, 0, 0, None))(q, k, v, where["allowed"])
     else:
-        y = heads_by_cudnn(q, k, v) if cudnn_can(model) else jax.vmap(causal_head)(q, k, v)
+        y = heads_by_cudnn(q, k, v) if cudnn_can(model) else causal_heads(q, k, v, model.dtype)
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
 
