@@ -277,14 +277,14 @@ def causal_head_gradients(q, k, v, y, logs, dy):
         weights = jnp.exp(scores - logs[None, start:end])
         dscores = weights * (contract(v[:end], dy[start:end], (1, 1)) - sums[None, start:end])
         weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
-        dq.append(contract(k[:end], dscores, (0, 0)).T)
+        dq.append(contract(k.T[:, :end], dscores, (1, 0)))
         dk.append(contract(dscores, q[start:end], (1, 0)))
         dv.append(contract(weights, dy[start:end], (1, 0)))
 
     def add_up(shares):  # a block of keys has a share from its own queries and from all later ones
         return jnp.concatenate([sum(s[start:end] for s in shares if end <= len(s)) for start, end, _ in parts(len(q))])
 
-    return jnp.concatenate(dq), add_up(dk), add_up(dv)
+    return jnp.concatenate(dq, axis=1).T, add_up(dk), add_up(dv)
 
 
 def cudnn_can(model):
