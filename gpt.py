@@ -47,6 +47,16 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+
+def give_back(event, seconds, **_):
+    """After a long compilation: the compiler's memory, some 150 MB, back to the system, where the C library can."""
+    if event.endswith("backend_compile_duration") and seconds > 1:
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+jax.monitoring.register_event_duration_secs_listener(give_back)
+
 NEW_JAX = jax.__version_info__ >= (0, 10)  # Macs have older versions, which lack some options
 
 # ---------------------------------------------------------------- settings
@@ -59,7 +69,7 @@ class Model:
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1, high=1 << 16)
     block_size: int = setting(64, "context: tokens the model sees at once", low=1, high=1 << 20)
     dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
-    dtype: str = "float32"  # of products with weights, or "bfloat16"
+    dtype: str = "float32"  # of matrix products, or "bfloat16"
     vocab_size: int = 0  # the tokenizer's, not a flag
 
 
@@ -89,7 +99,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training, Model):
-    dtype: str = setting("auto", "of products with weights; auto: bfloat16 on a CPU that is fast at it, else float32",
+    dtype: str = setting("auto", "of matrix products; auto: bfloat16 on a CPU that is fast at it, else float32",
                          choices=["auto", "float32", "bfloat16"])
     init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
     coordinator: str = setting("", "several hosts: address of process 0 (SLURM and Cloud TPU need none)",
@@ -310,7 +320,8 @@ def attention(x, wqkv, wo, where, cache, model):
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
         y, _ = jax.vmap(head, (0, 0, 0, None))(q, k, v, where["allowed"])
     else:
-        y = heads_by_cudnn(q, k, v) if cudnn_can(model) else causal_heads(q, k, v, model.dtype)
+        dtype = model.dtype if T > QUERIES else "float32"  # rounding shorter ones saves no time
+        y = heads_by_cudnn(q, k, v) if cudnn_can(model) else causal_heads(q, k, v, dtype)
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
 
@@ -750,8 +761,6 @@ def train(cfg, state, about, objective, batch_at, validate, path, log_path, show
             stop = bool(multihost_utils.process_allgather(np.array(stop)).any())
         if done == first + 1:
             started = time.time()  # the first step also compiled: the time left is reckoned from here
-            with contextlib.suppress(AttributeError, OSError, TypeError):  # where the C library has it
-                ctypes.CDLL(None).malloc_trim(0)  # the compiler's memory, some 150 MB, back to the system
         if not math.isfinite(value):
             raise InputError(f"step {done}: the loss is {value}; {path} is from before, --init takes it;"
                              " try a smaller --learning_rate")
