@@ -112,15 +112,16 @@ MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every
               "out_dir", "resume", "shard_params", "coordinator", "num_processes", "process_id"}
 
 
-def on_metal():
-    """Apple's GPU through jax-metal lacks some operations; the code keeps to those it has."""
-    return jax.default_backend().lower() in ("metal", "mps", "mtl")
+def backend():
+    """cpu, gpu, tpu or metal: Apple's GPU through jax-metal, which lacks some operations; the code manages without."""
+    name = jax.default_backend().lower()
+    return "metal" if name in ("mps", "mtl") else name
 
 
 def fast_dtype():
     """bfloat16 on a CPU that multiplies it natively, as Linux tells; else float32."""
     cpu = pathlib.Path("/proc/cpuinfo")
-    native = jax.default_backend() == "cpu" and NEW_JAX and cpu.exists() and "avx512_bf16" in cpu.read_text()
+    native = backend() == "cpu" and NEW_JAX and cpu.exists() and "avx512_bf16" in cpu.read_text()
     return "bfloat16" if native else "float32"
 
 
@@ -154,7 +155,7 @@ def init_params(model, seed=0):
 
 def lookup(table, ids):
     """table (N, C), ids (T,) -> (T, C). Metal has no usable gradient of table[ids]; there a one-hot product."""
-    return jax.nn.one_hot(ids, len(table)) @ table if on_metal() else jnp.asarray(table)[ids]
+    return jax.nn.one_hot(ids, len(table)) @ table if backend() == "metal" else jnp.asarray(table)[ids]
 
 
 def contract(a, b, axes):
@@ -233,7 +234,8 @@ def head(q, k, v, allowed):
     top = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
-    return contract(weights.astype(v.dtype), v, (1, 0)) / total, (top + jnp.log(total))[:, 0]  # divided last: D numbers, not S
+    y = contract(weights.astype(v.dtype), v, (1, 0)) / total  # divided last: D numbers, not S
+    return y, (top + jnp.log(total))[:, 0]
 
 
 QUERIES = 128
@@ -247,16 +249,16 @@ def parts(T):
 
 
 def over_heads(f, *arrays):
-    """f of each head. On a CPU and for long contexts of one after the other: what it computes then stays in the cache."""
-    if jax.default_backend() == "cpu" and arrays[0].shape[1] > QUERIES:
+    """f for all heads at once; on a CPU, if the context is long, one after the other, to stay within its cache."""
+    if backend() == "cpu" and arrays[0].shape[1] > QUERIES:
         return jax.lax.map(lambda one: f(*one), arrays)
     return jax.vmap(f)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_heads(q, k, v, dtype):
-    """All heads over a whole sequence: q, k, v (H, T, D) -> (H, T, D). The backward pass is written by hand: it computes
-    the weights again instead of keeping T x T of them (arXiv 2205.14135), with products in an order that suits a CPU."""
+    """All heads over a whole sequence: q, k, v (H, T, D) -> (H, T, D). Its backward pass, written by hand, makes the
+    weights anew instead of keeping T x T of them (arXiv 2205.14135), with products in an order that suits a CPU."""
     return causal_heads_forward(q, k, v, dtype)[0]
 
 
@@ -476,10 +478,10 @@ def make_step(objective, cfg, model):
         return place(state, homes(state, cfg)), total / count
 
     # XLA would start all parts of attention at once; one after the other they need less memory and are no slower.
-    in_order = NEW_JAX and jax.default_backend() == "cpu" and model.block_size > QUERIES
+    in_order = NEW_JAX and backend() == "cpu" and model.block_size > QUERIES
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if in_order else {}
     add = jax.jit(add, compiler_options=options)
-    update = jax.jit(update, donate_argnums=() if on_metal() else 0)
+    update = jax.jit(update, donate_argnums=() if backend() == "metal" else 0)
 
     def step(state, batches, rates):
         sums = None
@@ -561,10 +563,10 @@ def make_generator(model):
     prompts: lists of ids; choose(row, logits (V,), ids in the context) -> id. Yields after each step the list of new
     ids, None for a row that has said END. A row that fills the context goes on from its last half.
     """
-    model = dataclasses.replace(model, dropout=0.0)
-    T = model.block_size
+    model, T = dataclasses.replace(model, dropout=0.0), model.block_size
+    exact = dataclasses.replace(model, dtype="float32")  # to round the weights for one token takes longer than it saves
     prefill = jax.jit(jax.vmap(lambda p, tokens, at: forward(p, tokens, model, at=at), (None, 0, 0)))
-    advance = jax.jit(jax.vmap(lambda p, token, at, cache: forward(p, token[None], model, at=at, cache=cache),
+    advance = jax.jit(jax.vmap(lambda p, token, at, cache: forward(p, token[None], exact, at=at, cache=cache),
                                (None, 0, 0, 0)))
 
     def generate(params, prompts, choose, max_new_tokens):
@@ -629,7 +631,7 @@ def load_checkpoint(path):
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__}: {printable(str(e))[:80]});"
                          " take an earlier one, such as *.prev.npz") from None
-    if on_metal():
+    if backend() == "metal":
         model = dataclasses.replace(model, dtype="float32")
     return jax.tree_util.tree_unflatten(structure, [arrays[name] for name in leaves]), about, model, tokenizer
 
@@ -837,7 +839,7 @@ def main(argv):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main(["--out_dir", str(data_dir)])
     data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
-    if cfg.dtype == "bfloat16" and on_metal():
+    if cfg.dtype == "bfloat16" and backend() == "metal":
         raise InputError("--dtype bfloat16: not on Metal; leave it out")
     if not start:
         cfg = dataclasses.replace(cfg, vocab_size=data_tokenizer.size,
@@ -852,7 +854,7 @@ def main(argv):
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, model, cfg)
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     tokens = cfg.batch_size * cfg.grad_accum * model.block_size
-    print(f"{placements(cfg.batch_size)[0].mesh.size} {jax.default_backend()} device(s), {model.dtype}, {count:,}"
+    print(f"{placements(cfg.batch_size)[0].mesh.size} {backend()} device(s), {model.dtype}, {count:,}"
           f" parameters, {tokens} tokens a step, {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
           f" expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
     if not cfg.resume:

@@ -129,9 +129,11 @@ TOTAL, GRADIENT = sum(LOSSES), tree.map(lambda *g: sum(g), *GRADIENTS)
 # ---------------------------------------------------------------- model, step, generation
 
 
-@pytest.mark.parametrize("dtype, queries, near", [("float32", 9, 1e-4), ("float32", 3, 1e-4), ("bfloat16", 9, 0.05)])
-def test_logits_loss_and_every_gradient_equal_the_twins(dtype, queries, near, monkeypatch):
-    """Attention in one block of queries and in three; the batch by one vmap and by two, as in DPO."""
+@pytest.mark.parametrize("queries", [9, 3])
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, monkeypatch):
+    """All heads at once and, in blocks of queries, one after the other; the batch by one vmap and by two, as
+    in DPO."""
     monkeypatch.setattr(gpt, "QUERIES", queries)
     model = dataclasses.replace(MODEL, dtype=dtype)
     logits = jax.vmap(lambda x: gpt.forward(PARAMS, x, model)[0])(X)
@@ -229,10 +231,12 @@ def not_for_metal(f, *args):
     return [line for line in lines if re.search(unsafe, line)]
 
 
-def test_the_steps_lower_to_what_metal_can_do(monkeypatch):
+@pytest.mark.parametrize("queries", [9, 3])
+def test_the_steps_lower_to_what_metal_can_do(queries, monkeypatch):
     found = "".join(not_for_metal(jax.grad(lambda p: objective(p, BATCH, None)[0]), PARAMS))
     assert "gather" in found and "scatter" in found and not_for_metal(lambda x: x.astype("bfloat16"), KEY)
-    monkeypatch.setattr(gpt, "on_metal", lambda: True)
+    monkeypatch.setattr(gpt, "backend", lambda: "metal")
+    monkeypatch.setattr(gpt, "QUERIES", queries)
     step = gpt.make_step(objective, CFG, MODEL)
     run = lambda p, tokens, at, cache: gpt.forward(p, tokens, MODEL, at=at, cache=cache)
     at, cache = np.array(3, np.int32), gpt.forward(PARAMS, X[0], MODEL)[1]
