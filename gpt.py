@@ -286,8 +286,8 @@ def causal_head_gradients(q, k, v, y, logs, dy):
     sums, dy, dq, dk, dv = (dy * y).sum(-1), dy.astype(q.dtype), [], [], []
     for start, end, allowed in parts(len(q)):
         scores = jnp.where(allowed.T, contract(k[:end], q[start:end], (1, 1)), -1e9)
-        weights = jnp.exp(scores - logs[None, start:end])
-        dscores = weights * (contract(v[:end], dy[start:end], (1, 1)) - sums[None, start:end])
+        weights = jnp.exp(scores - logs[start:end][None])
+        dscores = weights * (contract(v[:end], dy[start:end], (1, 1)) - sums[start:end][None])
         weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
         dq.append(contract(k.T[:, :end], dscores, (1, 0)))
         dk.append(contract(dscores, q[start:end], (1, 0)))

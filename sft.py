@@ -127,11 +127,10 @@ def epoch_order(count, n, seed, number):
     return order[start:start + n]
 
 
-def mixed_batch(rows, replay_ids, n, replay, T, seed, number):
-    """The number-th batch: n rows, a part `replay` of them pretraining text with full weight, against forgetting
-    (arXiv 2503.21676); the rest examples. A function of (seed, number)."""
-    old = min(n - 1, round(n * replay)) if replay_ids is not None else 0
-    x, y, w = rows[epoch_order(len(rows), n - old, seed, number)].swapaxes(0, 1)
+def mixed_batch(rows, new, replay_ids, old, T, seed, number):
+    """The number-th batch: `new` examples and `old` rows of pretraining text with full weight, against forgetting
+    (arXiv 2503.21676). A function of (seed, number)."""
+    x, y, w = rows[epoch_order(len(rows), new, seed, number)].swapaxes(0, 1)
     if old:
         replayed = gpt.random_batch(replay_ids, old, T, seed, number)
         x, y, w = (np.concatenate(pair) for pair in zip((x, y, w), replayed))
@@ -212,21 +211,22 @@ def log_probs_of(params, rows, model, n=32):
 
 def imitate(cfg, rows, held, model, tokenizer):
     """Makes answers likelier. rows (N, 1, 3, T), the first `held` of them not trained on -> objective, batch_at and
-    validate for gpt.train, and measure(params) -> {name: value} of those held out."""
-    rows, data_dir, replay, validate = rows[:, 0], pathlib.Path(cfg.data_dir), None, None
+    validate for gpt.train, measure(params) -> {name: value} of those held out, and how many examples a batch has."""
+    rows, data_dir, replay, old, validate = rows[:, 0], pathlib.Path(cfg.data_dir), None, 0, None
     source = data_dir / "tokenizer.json"
     if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
         replay = gpt.load_tokens(data_dir / "train.bin", tokenizer, model.block_size + 1)
+        old = min(cfg.batch_size - 1, round(cfg.batch_size * cfg.replay))
         validate = gpt.make_validation(gpt.load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, model, cfg)
     else:
         print(f"{data_dir} is not the text that {cfg.init} was trained on, so none of it is replayed")
-    batch_at = functools.partial(
-        mixed_batch, rows[held:], replay, cfg.batch_size, cfg.replay, model.block_size, cfg.seed)
+    new = cfg.batch_size - old
+    batch_at = functools.partial(mixed_batch, rows[held:], new, replay, old, model.block_size, cfg.seed)
 
     def measure(params):
         return {"loss of the held-out answers": -log_probs_of(params, rows[:held], model).sum() / rows[:held, 2].sum()}
 
-    return functools.partial(gpt.loss, model=model), batch_at, validate, measure
+    return functools.partial(gpt.loss, model=model), batch_at, validate, measure, new
 
 
 BOLD = 1.2  # temperature at which the model is sampled, so that it does not always say the same
@@ -287,7 +287,8 @@ def prefer(cfg, rows, held, model, tokenizer):
                 f"chosen answer given, sampled at {BOLD}, %": 100 * np.mean(same),
                 "tokens an answer, sampled": np.mean([len(ids) for _, ids in said])}
 
-    return functools.partial(dpo_loss, model=model, beta=cfg.beta, anchor=cfg.anchor), batch_at, validate, measure
+    objective = functools.partial(dpo_loss, model=model, beta=cfg.beta, anchor=cfg.anchor)
+    return objective, batch_at, validate, measure, cfg.batch_size
 
 
 # ---------------------------------------------------------------- main
@@ -356,10 +357,9 @@ def main(argv):
     held = max(1, len(rows) // 10) if dpo else len(rows) // 20 * bool(cfg.pairs)  # a part is kept to measure with
     if held == len(rows):
         raise InputError(f"{cfg.dpo or cfg.init}: one preference is held out, so two are needed")
-    steps = (len(rows) - held) / cfg.batch_size / cfg.grad_accum / (1 if dpo else 1 - cfg.replay)
+    objective, batch_at, validate, measure, new = (prefer if dpo else imitate)(cfg, rows, held, model, tokenizer)
     print(f"{len(rows)} examples, {held} of them held out, {rows[held:, :, 2].sum()} trained tokens,"
-          f" {steps:.0f} steps an epoch")
-    objective, batch_at, validate, measure = (prefer if dpo else imitate)(cfg, rows, held, model, tokenizer)
+          f" {(len(rows) - held) / new / cfg.grad_accum:.0f} steps an epoch")
     if not cfg.resume:
         if test:
             grade(state["params"], model, tokenizer, test, "before")

@@ -331,7 +331,7 @@ def test_the_prompt_of_chat_is_the_beginning_of_the_training_example_without_the
 
 def test_every_example_is_seen_once_an_epoch_and_old_text_is_replayed():
     rows, old = np.arange(21).reshape(7, 3, 1).repeat(4, axis=2), np.arange(99, dtype=np.uint16)
-    batches = [sft.mixed_batch(rows, old, 4, 0.25, 4, 0, number) for number in range(7)]
+    batches = [sft.mixed_batch(rows, 3, old, 1, 4, 0, number) for number in range(7)]
     assert sorted(x[i, 0] for x, _, _ in batches for i in range(3)) == sorted([*rows[:, 0, 0]] * 3)
     assert all((x[3] + 1 == y[3]).all() and (w[3] == 1).all() for x, y, w in batches)
 
