@@ -47,16 +47,6 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-
-def give_back(event, seconds, **_):
-    """After a long compilation: the compiler's memory, some 150 MB, back to the system, where the C library can."""
-    if event.endswith("backend_compile_duration") and seconds > 1:
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)
-
-
-jax.monitoring.register_event_duration_secs_listener(give_back)
-
 NEW_JAX = jax.__version_info__ >= (0, 10)  # Macs have older versions, which lack some options
 
 # ---------------------------------------------------------------- settings
@@ -69,7 +59,7 @@ class Model:
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1, high=1 << 16)
     block_size: int = setting(64, "context: tokens the model sees at once", low=1, high=1 << 20)
     dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
-    dtype: str = "float32"  # of matrix products, or "bfloat16"
+    dtype: str = "float32"  # of products with weights and of attention in long contexts, or "bfloat16"
     vocab_size: int = 0  # the tokenizer's, not a flag
 
 
@@ -99,7 +89,8 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Config(Training, Model):
-    dtype: str = setting("auto", "of matrix products; auto: bfloat16 on a CPU that is fast at it, else float32",
+    dtype: str = setting("auto", "of products with weights, and of attention in contexts beyond 128 tokens; auto:"
+                         " bfloat16 on a CPU that is fast at it, else float32",
                          choices=["auto", "float32", "bfloat16"])
     init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
     coordinator: str = setting("", "several hosts: address of process 0 (SLURM and Cloud TPU need none)",
@@ -113,16 +104,16 @@ MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every
 
 
 def backend():
-    """cpu, gpu, tpu or metal: Apple's GPU through jax-metal, which lacks some operations; the code manages without."""
+    """cpu, gpu, tpu or metal, which is Apple's GPU: its plug-ins lack some operations, and the code does without."""
     name = jax.default_backend().lower()
     return "metal" if name in ("mps", "mtl") else name
 
 
 def fast_dtype():
-    """bfloat16 on a CPU that multiplies it natively, as Linux tells; else float32."""
+    """bfloat16 on a CPU that multiplies it natively, as Linux tells; else float32. Process 0 decides for all."""
     cpu = pathlib.Path("/proc/cpuinfo")
     native = backend() == "cpu" and NEW_JAX and cpu.exists() and "avx512_bf16" in cpu.read_text()
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if multihost_utils.broadcast_one_to_all(np.int32(native)) else "float32"
 
 
 # ---------------------------------------------------------------- parameters
@@ -159,7 +150,7 @@ def lookup(table, ids):
 
 
 def contract(a, b, axes):
-    """Products of a and b, added up in float32 over one axis of each, or over several."""
+    """A matrix product with sums in float32: axes (1, 0) give a @ b, axes (1, 1) a @ b.T. Also of several axes."""
     return jnp.tensordot(a, b, axes, preferred_element_type=np.float32)
 
 
@@ -238,18 +229,18 @@ def head(q, k, v, allowed):
     return y, (top + jnp.log(total))[:, 0]
 
 
-QUERIES = 128
+QUERIES = 128  # in a block; a context of more than one block counts as long
 
 
 def parts(T):
-    """Blocks of QUERIES queries; each sees the keys up to its own end only: half the work. -> (start, end, mask)"""
+    """Blocks of queries -> (start, end, mask); each sees the keys up to its own end only: up to half the work saved."""
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         yield start, end, np.tri(end - start, end, start, dtype=bool)
 
 
 def over_heads(f, *arrays):
-    """f for all heads at once; on a CPU, if the context is long, one after the other, to stay within its cache."""
+    """f for all heads at once; on a CPU, if the context is long, one by one: a head's scores then fit its caches."""
     if backend() == "cpu" and arrays[0].shape[1] > QUERIES:
         return jax.lax.map(lambda one: f(*one), arrays)
     return jax.vmap(f)(*arrays)
@@ -257,8 +248,8 @@ def over_heads(f, *arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_heads(q, k, v, dtype):
-    """All heads over a whole sequence: q, k, v (H, T, D) -> (H, T, D). Its backward pass, written by hand, makes the
-    weights anew instead of keeping T x T of them (arXiv 2205.14135), with products in an order that suits a CPU."""
+    """All heads over a whole sequence, products in dtype: q, k, v (H, T, D) -> (H, T, D). The backward pass, written by
+    hand, computes the weights again instead of keeping T x T of them (arXiv 2205.14135)."""
     return causal_heads_forward(q, k, v, dtype)[0]
 
 
@@ -276,14 +267,17 @@ causal_heads.defvjp(causal_heads_forward, causal_heads_backward)
 
 
 def causal_head(q, k, v):
+    """One head, block by block: q, k, v (T, D) -> what head gives."""
     y, logs = zip(*(head(q[start:end], k[:end], v[:end], allowed) for start, end, allowed in parts(len(q))))
     return jnp.concatenate(y), jnp.concatenate(logs)
 
 
 def causal_head_gradients(q, k, v, y, logs, dy):
-    """With P = softmax(scores), a row for each query: dV = P^T dY, dP = dY V^T, dscores = P (dP - sum(dP P)), where the
-    sum is that of dY Y; dQ = dscores K, dK = dscores^T Q. Here all is transposed, a row for each key."""
-    sums, dy, dq, dk, dv = (dy * y).sum(-1), dy.astype(q.dtype), [], [], []
+    """All (T, D), logs (T,) -> dq, dk, dv. With P = softmax(scores), a row for each query: dV = P^T dY, dP = dY V^T,
+    dscores = P (dP - sum(dP P)), where the sum is that of dY Y; dQ = dscores K, dK = dscores^T Q. Here all is
+    transposed, a row for each key, and no product has its left side turned: an order that suits a CPU."""
+    sums, dq, dk, dv = (dy * y).sum(-1), [], [], []
+    dy = dy.astype(q.dtype)
     for start, end, allowed in parts(len(q)):
         scores = jnp.where(allowed.T, contract(k[:end], q[start:end], (1, 1)), -1e9)
         weights = jnp.exp(scores - logs[start:end][None])
@@ -322,7 +316,7 @@ def attention(x, wqkv, wo, where, cache, model):
         k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
         y, _ = jax.vmap(head, (0, 0, 0, None))(q, k, v, where["allowed"])
     else:
-        dtype = model.dtype if T > QUERIES else "float32"  # rounding shorter ones saves no time
+        dtype = model.dtype if T > QUERIES else "float32"  # in shorter contexts rounding saves no time
         y = heads_by_cudnn(q, k, v) if cudnn_can(model) else causal_heads(q, k, v, dtype)
     return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
 
@@ -458,6 +452,17 @@ def put(array, placement):
     return jax.make_array_from_callback(np.shape(array), placement, lambda part: np.asarray(array)[part])
 
 
+def give_back(event, seconds, **_):
+    """JAX calls this after each of its tasks. After a long compilation the memory that the compiler has freed, some
+    150 MB, goes back to the system, if the C library can do that."""
+    if event.endswith("backend_compile_duration") and seconds > 1:
+        with contextlib.suppress(AttributeError, OSError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+jax.monitoring.register_event_duration_secs_listener(give_back)
+
+
 def make_step(objective, cfg, model):
     """objective(params, batch, key) -> (sum, count) becomes step(state, [(batch, key), ...], rates) -> (state, loss):
     sums and counts of the micro-batches are added up and divided once, so their sizes do not matter."""
@@ -477,10 +482,10 @@ def make_step(objective, cfg, model):
         state = adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg)
         return place(state, homes(state, cfg)), total / count
 
-    # XLA would start all parts of attention at once; one after the other they need less memory and are no slower.
+    # XLA would start all parts of attention at once; one after the other they need less memory and time.
     in_order = NEW_JAX and backend() == "cpu" and model.block_size > QUERIES
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if in_order else {}
-    add = jax.jit(add, compiler_options=options)
+    scheduler = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    add = jax.jit(add, compiler_options=scheduler if in_order else None)
     update = jax.jit(update, donate_argnums=() if backend() == "metal" else 0)
 
     def step(state, batches, rates):
@@ -839,7 +844,7 @@ def main(argv):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main(["--out_dir", str(data_dir)])
     data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
-    if cfg.dtype == "bfloat16" and backend() == "metal":
+    if "dtype" in given and cfg.dtype == "bfloat16" and backend() == "metal":
         raise InputError("--dtype bfloat16: not on Metal; leave it out")
     if not start:
         cfg = dataclasses.replace(cfg, vocab_size=data_tokenizer.size,

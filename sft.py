@@ -211,7 +211,7 @@ def log_probs_of(params, rows, model, n=32):
 
 def imitate(cfg, rows, held, model, tokenizer):
     """Makes answers likelier. rows (N, 1, 3, T), the first `held` of them not trained on -> objective, batch_at and
-    validate for gpt.train, measure(params) -> {name: value} of those held out, and how many examples a batch has."""
+    validate for gpt.train, measure(params) -> {name: value} of those held out, and the examples in a batch."""
     rows, data_dir, replay, old, validate = rows[:, 0], pathlib.Path(cfg.data_dir), None, 0, None
     source = data_dir / "tokenizer.json"
     if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
@@ -357,9 +357,9 @@ def main(argv):
     held = max(1, len(rows) // 10) if dpo else len(rows) // 20 * bool(cfg.pairs)  # a part is kept to measure with
     if held == len(rows):
         raise InputError(f"{cfg.dpo or cfg.init}: one preference is held out, so two are needed")
-    objective, batch_at, validate, measure, new = (prefer if dpo else imitate)(cfg, rows, held, model, tokenizer)
+    objective, batch_at, validate, measure, per_batch = (prefer if dpo else imitate)(cfg, rows, held, model, tokenizer)
     print(f"{len(rows)} examples, {held} of them held out, {rows[held:, :, 2].sum()} trained tokens,"
-          f" {(len(rows) - held) / new / cfg.grad_accum:.0f} steps an epoch")
+          f" {(len(rows) - held) / per_batch / cfg.grad_accum:.0f} steps an epoch")
     if not cfg.resume:
         if test:
             grade(state["params"], model, tokenizer, test, "before")
