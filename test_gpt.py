@@ -132,8 +132,7 @@ TOTAL, GRADIENT = sum(LOSSES), tree.map(lambda *g: sum(g), *GRADIENTS)
 @pytest.mark.parametrize("queries", [9, 3])
 @pytest.mark.parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, monkeypatch):
-    """All heads at once and, in blocks of queries, one after the other; the batch by one vmap and by two, as
-    in DPO."""
+    """All heads at once and, in blocks of queries, one after the other; the batch by one vmap or two, as in DPO."""
     monkeypatch.setattr(gpt, "QUERIES", queries)
     model = dataclasses.replace(MODEL, dtype=dtype)
     logits = jax.vmap(lambda x: gpt.forward(PARAMS, x, model)[0])(X)
