@@ -1,386 +1,296 @@
-"""A GPT in pure JAX: parameters, forward pass, loss, Adam, checkpoints, generation, training loop.
+"""A GPT in pure JAX: parameters, layers, loss, Adam, training loop, generation.
 
-    python gpt.py                          # trains on data/ (the built-in corpus if there is none), writes out/base.npz
+    python gpt.py                  # trains on data/ (the built-in corpus if it is empty): out/base.npz
     python gpt.py --n_layer 6 --learning_rate 2e-3
-    python gpt.py --resume                 # goes on after Ctrl-C or a power cut
+    python gpt.py --resume         # goes on after Ctrl-C or a power cut
 
-The model is written for one sequence; jax.vmap makes the batch, jax.grad the gradient, jax.jit the machine code.
-Reading order: settings, parameters, layers, model, loss, optimiser, step, data, generation, checkpoint, loop, main.
+Read it from top to bottom: settings, parameters, layers, model, loss, optimiser, step, batches,
+generation, checkpoints, the training loop, main. Three ideas carry it: one attention head is
+written for one sequence and jax.vmap makes all heads of all sequences of it; jax.grad derives the
+backward pass; jax.jit compiles. In the shapes of arrays
 
     B batch   T time (tokens)   S time of keys and values   C width   H heads   D = C / H   V vocabulary
 """
-import contextlib
-import csv
-import ctypes
 import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
-import re
-import signal
 import sys
 import time
-
-program = pathlib.Path(sys.argv[0]).name
-if sys.platform == "linux" and program in ("gpt.py", "sft.py", "chat.py") and "GLIBC_TUNABLES" not in os.environ:
-    # Each step asks for its memory anew. Linux hands it out in pages of 4 kB, which takes a sixth of a step's time, or
-    # of 2 MB if the C library asks for them. It reads that when a program starts, so this one starts once more.
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 import numpy as np
 
 import prepare
-from prepare import (CORES, END, InputError, Tokenizer, printable, read_flags, run, setting, show_progress, time_left,
-                     whole_file)
+from prepare import CORES, END, InputError, Tokenizer, printable, read_flags, run, setting
+from prepare import begin_log, clock, draw, only_writer, show_progress, whole_file, wishes_to_stop
 
-os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")  # Apple's jax-metal needs it, nobody else minds
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # A CPU device for each core: small matrix products run faster on one core each than spread over all of them.
-    devices = f" --xla_force_host_platform_device_count={CORES}"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + devices
+# Before jax is imported. Each CPU core becomes a device: small matrix products run faster on one
+# core each than spread over all of them. Apple's jax-metal needs the second line.
+ONE_DEVICE_A_CORE = f"--xla_force_host_platform_device_count={CORES}"
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + ONE_DEVICE_A_CORE
+os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-NEW_JAX = jax.__version_info__ >= (0, 10)  # Macs have older versions, which lack some options
-
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- settings: each is a flag
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
-    n_layer: int = setting(4, "transformer blocks", low=1, high=1000)
-    n_head: int = setting(4, "attention heads in a block", low=1, high=1000)
-    n_embd: int = setting(128, "width: numbers that stand for a token", low=1, high=1 << 16)
-    block_size: int = setting(64, "context: tokens the model sees at once", low=1, high=1 << 20)
+class Config:
+    # the model
+    n_layer: int = setting(4, "transformer blocks", low=1)
+    n_head: int = setting(4, "attention heads in a block", low=1)
+    n_embd: int = setting(128, "width: numbers that stand for a token", low=1)
+    block_size: int = setting(64, "context: tokens the model sees at once", low=1)
     dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
-    dtype: str = "float32"  # of products with weights and of attention in long contexts, or "bfloat16"
-    vocab_size: int = 0  # the tokenizer's, not a flag
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-    batch_size: int = setting(16, "sequences in a micro-batch", low=1, high=1 << 20)
-    grad_accum: int = setting(1, "micro-batches in a step", low=1, high=1 << 20)
+    dtype: str = setting("auto", "of products with weights; auto: bfloat16 on a CPU that is fast"
+                         " at it, else float32", choices=["auto", "float32", "bfloat16"])
+    # the optimiser
+    batch_size: int = setting(16, "sequences in a micro-batch", low=1)
+    grad_accum: int = setting(1, "micro-batches in a step", low=1)
     max_steps: int = setting(2000, "optimiser steps", low=1)
-    minutes: float = setting(0.0, "train for about so long: measures the speed, sets max_steps; 0 means off")
-    learning_rate: float = setting(4e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it")
+    minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
+    learning_rate: float = setting(4e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps")
     weight_decay: float = setting(0.6, "of matrices")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
-    beta1: float = setting(0.9, "Adam's memory of the gradient", high=0.9999)
-    beta2: float = setting(0.99, "Adam's memory of the squared gradient", high=0.999999)
     seed: int = setting(0, "of parameters, batches and dropout", high=2**32 - 1)
-    eval_every: int = setting(250, "steps between validations; 0 means never")
-    eval_tokens: int = setting(1 << 17, "validation tokens looked at, from the first on", low=1)
+    # the run
+    eval_every: int = setting(250, "steps between validations, which also save; 0 means never")
     log_every: int = setting(10, "steps between rows of log.csv", low=1)
-    save_every: int = setting(250, "steps between checkpoints; 0 means only at the end")
-    sample_every: int = setting(0, "steps between samples; 0 means only at the end")
     data_dir: str = setting("data", "folder with train.bin, val.bin and tokenizer.json")
     out_dir: str = setting("out", "folder for checkpoints and log.csv")
-    resume: bool = setting(False, "go on from the last checkpoint in out_dir")
-    shard_params: bool = setting(False, "split parameters and Adam's moments over the devices, not a copy on each")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config(Training, Model):
-    dtype: str = setting("auto", "of products with weights, and of attention in contexts beyond 128 tokens; auto:"
-                         " bfloat16 on a CPU that is fast at it, else float32",
-                         choices=["auto", "float32", "bfloat16"])
     init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
-    coordinator: str = setting("", "several hosts: address of process 0 (SLURM and Cloud TPU need none)",
-                               metavar="HOST:PORT")
+    resume: bool = setting(False, "go on from the last checkpoint in out_dir")
+    # many devices
+    shard_params: bool = setting(False, "split parameters and Adam's moments over the devices")
+    coordinator: str = setting("", "several hosts: address of process 0 (SLURM and Cloud TPU need"
+                               " none)", metavar="HOST:PORT")
     num_processes: int = setting(1, "several hosts: how many processes there are", low=1)
     process_id: int = setting(0, "several hosts: which of them this one is, from 0")
+    vocab_size: int = 0  # the tokenizer's, not a flag
 
 
-MAY_CHANGE = {"max_steps", "eval_every", "eval_tokens", "log_every", "save_every", "sample_every", "data_dir",
-              "out_dir", "resume", "shard_params", "coordinator", "num_processes", "process_id"}
+MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
+MAY_CHANGE = {"max_steps", "eval_every", "log_every", "data_dir", "out_dir", "init", "resume",
+              "shard_params", "coordinator", "num_processes", "process_id", "pairs", "eval"}
 
 
-def backend():
-    """cpu, gpu, tpu or metal, which is Apple's GPU: its plug-ins lack some operations, and the code does without."""
-    name = jax.default_backend().lower()
-    return "metal" if name in ("mps", "mtl") else name
+def device():
+    """The device that arrays go to by default; jax.default_device(...) sets another."""
+    return jax.config.jax_default_device or jax.devices()[0]
+
+
+def on_metal():
+    """Whether that is Apple's GPU: its plug-ins lack some operations, and the code does without."""
+    return device().platform.lower() in ("metal", "mps", "mtl")
 
 
 def fast_dtype():
-    """bfloat16 on a CPU that multiplies it natively, as Linux tells; else float32. Process 0 decides for all."""
+    """bfloat16 on a CPU that multiplies it natively, as Linux tells. Process 0 decides for all."""
     cpu = pathlib.Path("/proc/cpuinfo")
-    native = backend() == "cpu" and NEW_JAX and cpu.exists() and "avx512_bf16" in cpu.read_text()
-    return "bfloat16" if multihost_utils.broadcast_one_to_all(np.int32(native)) else "float32"
+    native = device().platform == "cpu" and cpu.exists() and "avx512_bf16" in cpu.read_text()
+    native = native and jax.__version_info__ >= (0, 10)
+    return "bfloat16" if broadcast_one_to_all(np.int32(native)) else "float32"
 
 
-# ---------------------------------------------------------------- parameters
+# ---------------------------------------------------------------- parameters: nested dicts
 
 
-def init_params(model, seed=0):
-    """Nested dicts of float32 arrays. Matrices that read the residual stream are normal with deviation 0.5 / sqrt(C),
-    those that add to it zero: a block begins as the identity. NumPy's generator: the same with every version of JAX."""
-    rng = np.random.default_rng(seed)
-    C = model.n_embd
+def init_params(cfg, rng=None):
+    """The parameters as nested dicts of float32 arrays. Matrices that read the residual stream are
+    normal, those that add to it zero: a block begins as the identity.
+
+    rng: NumPy's generator, so that all versions of JAX begin alike; without one all are zero."""
+    C = cfg.n_embd
 
     def normal(*shape, scale=0.5 / math.sqrt(C)):
-        return rng.normal(0, scale, shape).astype(np.float32)
+        return np.float32(rng.normal(0, scale, shape)) if rng else zeros(*shape)
 
-    def constant(value, *shape):
-        return np.full(shape, value, np.float32)
+    def zeros(*shape):
+        return np.zeros(shape, np.float32)
 
-    blocks = [{
-        "norm1": constant(1, C),
-        "attn": {"wqkv": normal(C, 3 * C), "wo": constant(0, C, C)},
-        "norm2": constant(1, C),
-        "mlp": {"w_up": normal(C, 4 * C), "w_down": constant(0, 4 * C, C)},
-    } for _ in range(model.n_layer)]
-    wte = normal(model.vocab_size, C, scale=0.02)  # small, being the head too: the first loss is then near ln V
-    return {"wte": wte, "blocks": blocks, "norm": constant(1, C)}
+    def block():
+        return {
+            "norm1": zeros(C) + 1,
+            "attn": {"wqkv": normal(C, 3 * C), "wo": zeros(C, C)},
+            "norm2": zeros(C) + 1,
+            "mlp": {"w_up": normal(C, 4 * C), "w_down": zeros(4 * C, C)},
+        }
+
+    blocks = [block() for _ in range(cfg.n_layer)]
+    # The embedding is the head too: it begins small, so that the first loss is near ln V.
+    wte = normal(cfg.vocab_size, C, scale=0.02)
+    return {"wte": wte, "blocks": blocks, "norm": zeros(C) + 1}
 
 
-# ---------------------------------------------------------------- layers
+# ---------------------------------------------------------------- layers: pure functions
 
 
 def lookup(table, ids):
-    """table (N, C), ids (T,) -> (T, C). Metal has no usable gradient of table[ids]; there a one-hot product."""
-    return jax.nn.one_hot(ids, len(table)) @ table if backend() == "metal" else jnp.asarray(table)[ids]
+    """table (N, C), ids (...) -> (..., C)."""
+    if on_metal():  # it has no usable gradient of table[ids]
+        return jax.nn.one_hot(ids, len(table)) @ table
+    return jnp.asarray(table)[ids]
 
 
-def contract(a, b, axes):
-    """A matrix product with sums in float32: axes (1, 0) give a @ b, axes (1, 1) a @ b.T. Also of several axes."""
-    return jnp.tensordot(a, b, axes, preferred_element_type=np.float32)
-
-
-def matmul(x, w, model, axis=0):
-    """x (T, M) times a weight matrix w (M, N), or with axis 1 (N, M), in the model's dtype, the result in float32."""
-    return contract(x, w, (1, axis)) if model.dtype == "float32" else rounded_matmul(x, w, axis)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rounded_matmul(x, w, axis):
-    """In bfloat16. With a backward pass of its own: jax.grad would multiply bfloat16 by float32, much slower."""
-    return rounded_matmul_forward(x, w, axis)[0]
-
-
-def rounded_matmul_forward(x, w, axis):
-    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return contract(x, w, (1, axis)), (x, w)
-
-
-def rounded_matmul_backward(axis, saved, dy):
-    x, w = saved
-    dy = dy.astype(jnp.bfloat16)
-    dw = weight_gradient(x, dy) if axis == 0 else weight_gradient(dy, x)
-    return contract(dy, w, (1, 1 - axis)), dw
-
-
-rounded_matmul.defvjp(rounded_matmul_forward, rounded_matmul_backward)
-
-
-@jax.custom_batching.custom_vmap
-def weight_gradient(a, b):
-    """Of one sequence: a (T, M), b (T, N) -> (M, N)."""
-    return contract(a, b, (0, 0))
-
-
-@weight_gradient.def_vmap
-def _(size, batched, a, b):  # of a batch as one product: vmap would make B products, and add them
-    return contract(a, b, ((0, 1), (0, 1))), False  # False: the sum has no batch axis, as w has none
+def matmul(x, w, cfg, axis=0):
+    """x (..., M) times a weight matrix w (M, N), or with axis=1 (N, M) -> (..., N)."""
+    if cfg.dtype == "bfloat16":
+        return rounded_matmul(x, w, axis)
+    return jnp.tensordot(x, w, (-1, axis))
 
 
 def norm(x, gain):
-    """Root mean square normalisation (arXiv 1910.07467): (T, C) -> (T, C)."""
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain[None]
+    """Root mean square normalisation (arXiv 1910.07467): (..., C) -> (..., C)."""
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain
 
 
-def rotation(model):
-    """Cosines and sines (T, D/2) of the rotary positions (arXiv 2104.09864); constants, made in NumPy."""
-    half = model.n_embd // model.n_head // 2
-    angle = np.arange(model.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+def rotate(x, position, cfg):
+    """Rotary positions (arXiv 2104.09864): x (B, H, T, D), position (B or 1, T) -> like x.
 
-
-def rotate(x, cos, sin):
-    """Turn each pair of numbers by its position's angle: x (H, T, D), cos and sin (T, D/2)."""
+    The first and the second half of the D numbers make D/2 pairs; each pair is turned by an angle
+    that grows with the position: by 1, 0.1, 0.01, ... for D = 8 and each step to the right."""
+    half = x.shape[-1] // 2
+    angle = np.arange(cfg.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    cos = lookup(np.float32(np.cos(angle)), position)[:, None]  # (B or 1, 1, T, D/2)
+    sin = lookup(np.float32(np.sin(angle)), position)[:, None]
     a, b = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[None], sin[None]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def drop(x, model, key):
-    """Dropout with an explicit key; without one, as in evaluation, nothing is dropped."""
-    if key is None or model.dropout == 0:
+def drop(x, cfg, key, number):
+    """Dropout, the number-th in the model; without a key, as in evaluation, nothing is dropped."""
+    if key is None or cfg.dropout == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - model.dropout, x.shape)
-    return jnp.where(keep, x / (1 - model.dropout), 0)
+    keep = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - cfg.dropout, x.shape)
+    return jnp.where(keep, x / (1 - cfg.dropout), 0)
 
 
 def head(q, k, v, allowed):
-    """One attention head (arXiv 1706.03762, eq. 1): q (T, D), divided by sqrt(D) already, k and v (S, D), allowed
-    (T, S) -> (T, D), and the logarithms of the softmax's denominators (T,)."""
-    scores = jnp.where(allowed, contract(q, k, (1, 1)), -1e9)  # finite: -inf gives NaN on Metal
-    top = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    y = contract(weights.astype(v.dtype), v, (1, 0)) / total  # divided last: D numbers, not S
-    return y, (top + jnp.log(total))[:, 0]
+    """One attention head of one sequence (arXiv 1706.03762, eq. 1): q (T, D), k and v (S, D),
+    allowed (T, S) -> (T, D). The only place where tokens see each other."""
+    scores = q @ k.T / math.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -1e9))  # finite: -inf is NaN on Metal
+    return weights @ v
 
 
-QUERIES = 128  # in a block; a context of more than one block counts as long
+heads = jax.vmap(head, (0, 0, 0, None))  # of one sequence: q (H, T, D), k and v (H, S, D)
+QUERIES = 128
 
 
-def parts(T):
-    """Blocks of queries -> (start, end, mask); each sees the keys up to its own end only: up to half the work saved."""
+def causal_heads(q, k, v):
+    """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D).
+
+    128 queries at a time, with the keys up to the last of them: half the work of the whole square.
+    jax.checkpoint has jax.grad compute the weights again instead of keeping T x T of them."""
+    T = q.shape[1]
+    some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())  # Metal has no such barrier
+    parts = []
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
-        yield start, end, np.tri(end - start, end, start, dtype=bool)
+        allowed = np.tri(end - start, end, start, dtype=bool)
+        parts.append(some_heads(q[:, start:end], k[:, :end], v[:, :end], allowed))
+    return jnp.concatenate(parts, axis=1)
 
 
-def over_heads(f, *arrays):
-    """f for all heads at once; on a CPU, if the context is long, one by one: a head's scores then fit its caches."""
-    if backend() == "cpu" and arrays[0].shape[1] > QUERIES:
-        return jax.lax.map(lambda one: f(*one), arrays)
-    return jax.vmap(f)(*arrays)
+def attention(x, wqkv, wo, position, cache, cfg):
+    """(B, T, C) -> (B, T, C), and the keys and values (B, H, S, D) that later tokens look at."""
+    B, T, C = x.shape
+    q, k, v = jnp.split(matmul(x, wqkv, cfg), 3, axis=-1)
+    q, k, v = (z.reshape(B, T, cfg.n_head, -1).transpose(0, 2, 1, 3) for z in (q, k, v))
+    q, k = rotate(q, position, cfg), rotate(k, position, cfg)  # (B, H, T, D), as v
+    if cache is None:
+        y = jax.vmap(causal_heads)(q, k, v)
+    else:  # one new token a sequence: its key and value take their place among the old ones
+        slots = np.arange(cfg.block_size)
+        here = (slots == position)[:, None, :, None]
+        k, v = jnp.where(here, k, cache[0]), jnp.where(here, v, cache[1])
+        y = jax.vmap(heads)(q, k, v, (slots <= position)[:, None])
+    return matmul(y.transpose(0, 2, 1, 3).reshape(B, T, C), wo, cfg), (k, v)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def causal_heads(q, k, v, dtype):
-    """All heads over a whole sequence, products in dtype: q, k, v (H, T, D) -> (H, T, D). The backward pass, written by
-    hand, computes the weights again instead of keeping T x T of them (arXiv 2205.14135)."""
-    return causal_heads_forward(q, k, v, dtype)[0]
-
-
-def causal_heads_forward(q, k, v, dtype):
-    q, k, v = (z.astype(dtype) for z in (q, k, v))
-    y, logs = over_heads(causal_head, q, k, v)
-    return y, (q, k, v, y, logs)
-
-
-def causal_heads_backward(dtype, saved, dy):
-    return over_heads(causal_head_gradients, *saved, dy)
-
-
-causal_heads.defvjp(causal_heads_forward, causal_heads_backward)
-
-
-def causal_head(q, k, v):
-    """One head, block by block: q, k, v (T, D) -> what head gives."""
-    y, logs = zip(*(head(q[start:end], k[:end], v[:end], allowed) for start, end, allowed in parts(len(q))))
-    return jnp.concatenate(y), jnp.concatenate(logs)
-
-
-def causal_head_gradients(q, k, v, y, logs, dy):
-    """All (T, D), logs (T,) -> dq, dk, dv. With P = softmax(scores), a row for each query: dV = P^T dY, dP = dY V^T,
-    dscores = P (dP - sum(dP P)), where the sum is that of dY Y; dQ = dscores K, dK = dscores^T Q. Here all is
-    transposed, a row for each key, and no product has its left side turned: an order that suits a CPU."""
-    sums, dq, dk, dv = (dy * y).sum(-1), [], [], []
-    dy = dy.astype(q.dtype)
-    for start, end, allowed in parts(len(q)):
-        scores = jnp.where(allowed.T, contract(k[:end], q[start:end], (1, 1)), -1e9)
-        weights = jnp.exp(scores - logs[start:end][None])
-        dscores = weights * (contract(v[:end], dy[start:end], (1, 1)) - sums[start:end][None])
-        weights, dscores = weights.astype(q.dtype), dscores.astype(q.dtype)
-        dq.append(contract(k.T[:, :end], dscores, (1, 0)))
-        dk.append(contract(dscores, q[start:end], (1, 0)))
-        dv.append(contract(weights, dy[start:end], (1, 0)))
-
-    def add_up(shares):  # a block of keys has a share from its own queries and from all later ones
-        return jnp.concatenate([sum(s[start:end] for s in shares if end <= len(s)) for start, end, _ in parts(len(q))])
-
-    return jnp.concatenate(dq, axis=1).T, add_up(dk), add_up(dv)
-
-
-def cudnn_can(model):
-    """Whether cuDNN's fused attention fits: an NVIDIA GPU, bfloat16, heads of a size that it knows."""
-    size = model.n_embd // model.n_head
-    return "NVIDIA" in jax.devices()[0].device_kind and model.dtype == "bfloat16" and size <= 128 and size % 8 == 0
-
-
-def heads_by_cudnn(q, k, v):
-    q, k, v = (z.transpose(1, 0, 2).astype(jnp.bfloat16) for z in (q, k, v))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=1.0, implementation="cudnn")
-    return y.transpose(1, 0, 2).astype(np.float32)
-
-
-def attention(x, wqkv, wo, where, cache, model):
-    """(T, C) -> (T, C), and the keys and values (H, S, D) that later tokens will look at."""
-    T, C = x.shape
-    q, k, v = jnp.split(matmul(x, wqkv, model), 3, axis=-1)
-    q, k, v = (z.reshape(T, model.n_head, -1).transpose(1, 0, 2) for z in (q, k, v))  # each (H, T, D)
-    q, k = rotate(q, where["cos"], where["sin"]), rotate(k, where["cos"], where["sin"])
-    q = q / np.float32(math.sqrt(q.shape[-1]))
-    if cache is not None:  # one new token: put its key and value in their place among the old ones
-        k, v = (jnp.where(where["here"], new, old) for new, old in zip((k, v), cache))
-        y, _ = jax.vmap(head, (0, 0, 0, None))(q, k, v, where["allowed"])
-    else:
-        dtype = model.dtype if T > QUERIES else "float32"  # in shorter contexts rounding saves no time
-        y = heads_by_cudnn(q, k, v) if cudnn_can(model) else causal_heads(q, k, v, dtype)
-    return matmul(y.transpose(1, 0, 2).reshape(T, C), wo, model), (k, v)
-
-
-def feed_forward(x, w_up, w_down, model):
-    """Two matrices with a squared ReLU between them (arXiv 2109.08668): (T, C) -> (T, 4C) -> (T, C)."""
-    return matmul(jnp.square(jax.nn.relu(matmul(x, w_up, model))), w_down, model)
-
-
-def block(x, norm1, attn, norm2, mlp, where, cache, model, keys):
-    """One transformer block, normalised before each part: (T, C) -> (T, C) and its keys and values."""
-    y, cache = attention(norm(x, norm1), **attn, where=where, cache=cache, model=model)
-    x = x + drop(y, model, keys[0])
-    return x + drop(feed_forward(norm(x, norm2), **mlp, model=model), model, keys[1]), cache
+def feed_forward(x, w_up, w_down, cfg):
+    """Two matrices with a squared ReLU between them (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
+    up = jax.nn.relu(matmul(x, w_up, cfg))
+    return matmul(up * up, w_down, cfg)
 
 
 # ---------------------------------------------------------------- model
 
 
-def forward(params, tokens, model, key=None, at=None, cache=None):
-    """One sequence: tokens (T,) -> logits (T, V) for the token after each, and every block's keys and values.
-
-    Training needs no more. Generation asks for one position only: the logits after tokens[at] (1, V) when it fills the
-    cache, and with `cache` given, the logits after the one token (1,) that now stands at position `at`.
-    """
-    cos, sin = rotation(model)
+def forward(params, tokens, cfg, key=None, position=None, cache=None):
+    """tokens (B, T) -> the residual stream after the last block (B, T, C), and the keys and values
+    of all blocks. With a cache, tokens (B, 1) stand at position (B, 1), else from 0 on."""
     if cache is None:
-        where = dict(cos=cos[:len(tokens)], sin=sin[:len(tokens)])
-        cache = [None] * model.n_layer
-    else:
-        S = np.arange(model.block_size)
-        where = dict(cos=lookup(cos, at[None]), sin=lookup(sin, at[None]), here=(S == at)[None, :, None],
-                     allowed=(S <= at)[None])
-    keys = [None] * (2 * model.n_layer + 1) if key is None else jax.random.split(key, 2 * model.n_layer + 1)
-    x = drop(lookup(params["wte"], tokens), model, keys[-1])
+        position, cache = np.arange(tokens.shape[1])[None], [None] * cfg.n_layer
+    x = drop(lookup(params["wte"], tokens), cfg, key, 0)
     new_cache = []
-    for i, parameters in enumerate(params["blocks"]):
-        x, kv = block(x, **parameters, where=where, cache=cache[i], model=model, keys=keys[2 * i:])
+    for i, block in enumerate(params["blocks"]):
+        y, kv = attention(norm(x, block["norm1"]), **block["attn"], position=position,
+                          cache=cache[i], cfg=cfg)
+        x = x + drop(y, cfg, key, 2 * i + 1)
+        y = feed_forward(norm(x, block["norm2"]), **block["mlp"], cfg=cfg)
+        x = x + drop(y, cfg, key, 2 * i + 2)
         new_cache.append(kv)
-    if at is not None and cache[0] is None:
-        x = lookup(x, at[None])
-    return matmul(norm(x, params["norm"]), params["wte"], model, axis=1), new_cache  # the head is the embedding
+    return x, new_cache
+
+
+def logits_of(params, x, cfg):
+    """(..., C) -> (..., V), the logarithms of the next token's odds: the head is the embedding."""
+    return matmul(norm(x, params["norm"]), params["wte"], cfg, axis=1)
 
 
 # ---------------------------------------------------------------- loss
 
 
-def token_losses(params, x, y, key, model):
-    """Cross-entropy in nats of each token: x, y (T,) -> (T,)."""
-    logits, _ = forward(params, x, model, key)
-    picked = (logits * jax.nn.one_hot(y, logits.shape[-1])).sum(-1)  # not a gather: its gradient fails on Metal
-    top = jax.lax.stop_gradient(logits.max(-1))
-    return jnp.log(jnp.exp(logits - top[:, None]).sum(-1)) + top - picked
+def token_losses(params, x, y, cfg, key=None):
+    """Cross-entropy in nats of each token: x, y (B, T) -> (B, T)."""
+    logits = logits_of(params, forward(params, x, cfg, key)[0], cfg)
+    logp = jax.nn.log_softmax(logits)
+    return -(logp * jax.nn.one_hot(y, cfg.vocab_size)).sum(-1)  # a gather would fail on Metal
 
 
-def loss(params, batch, key, model):
-    """Weighted sum of the tokens' losses, and the sum of the weights. batch: x, y (B, T) int32, w (B, T) float32.
+def loss(params, batch, key, cfg):
+    """Weighted sum of the tokens' losses, and the sum of the weights.
 
-    Sums, not a mean: micro-batches and devices with unequal weights add up to the right gradient."""
+    batch: x, y (B, T) int32, w (B, T) float32. Sums, not a mean: micro-batches and devices with
+    unequal weights then add up to the right gradient."""
     x, y, w = batch
-    keys = jax.random.split(key, len(x)) if model.dropout else None
-    losses = jax.vmap(functools.partial(token_losses, model=model), (None, 0, 0, 0))(params, x, y, keys)
-    return (losses * w).sum(), w.sum()
+    return (token_losses(params, x, y, cfg, key) * w).sum(), w.sum()
 
+
+# ---------------------------------------------------------------- bfloat16: skip it at first
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rounded_matmul(x, w, axis):
+    """matmul of numbers rounded to bfloat16, summed in float32. The only gradient that is written
+    by hand: jax.grad would multiply bfloat16 by float32, which is no faster than float32."""
+    return rounded_forward(x, w, axis)[0]
+
+
+def rounded_forward(x, w, axis):
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return jnp.tensordot(x, w, (-1, axis), preferred_element_type=np.float32), (x, w)
+
+
+def rounded_backward(axis, saved, dy):
+    x, w = saved
+    dy = dy.astype(jnp.bfloat16)
+    dx = jnp.tensordot(dy, w, (-1, 1 - axis), preferred_element_type=np.float32)
+    tokens = list(range(x.ndim - 1))  # all axes but the last: dw is a sum over them
+    a, b = (x, dy) if axis == 0 else (dy, x)
+    return dx, jnp.tensordot(a, b, (tokens, tokens), preferred_element_type=np.float32)
+
+
+rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
 # ---------------------------------------------------------------- optimiser
 
@@ -394,110 +304,95 @@ def learning_rate(step, cfg):
     return cfg.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * part)))
 
 
-def rates(step, cfg):
-    """What Adam needs of the step (from 0), computed on the host: learning rate and the two bias corrections."""
-    return np.array([learning_rate(step, cfg), 1 - cfg.beta1 ** (step + 1), 1 - cfg.beta2 ** (step + 1)], np.float32)
-
-
 def new_state(params):
-    """Parameters and Adam's two moments, alike nested dicts."""
-    return dict(params=params, m=jax.tree.map(np.zeros_like, params), v=jax.tree.map(np.zeros_like, params))
+    """What a step changes: parameters, and Adam's means of the gradient (m) and its square (v)."""
+    m, v = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    return {"params": params, "m": m, "v": v}
 
 
-def adam(state, grads, rates, cfg):
-    """One step of Adam (arXiv 1412.6980) with decoupled weight decay of matrices (arXiv 1711.05101) and the gradient
-    clipped to a global norm."""
-    lr, correct1, correct2 = rates
+def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
+    """One step of Adam (arXiv 1412.6980), counted from 1, with the gradient clipped to a global
+    norm and with decoupled weight decay of matrices (arXiv 1711.05101)."""
     length = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
-    scale = jnp.minimum(1.0, cfg.grad_clip / (length + 1e-6)) if cfg.grad_clip else 1.0
+    scale = jnp.minimum(1, (cfg.grad_clip or math.inf) / (length + 1e-6))
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state["m"], grads)
+    v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state["v"], grads)
+    # Both means began at zero and are too small by 1 - beta^step (in this form for Metal's sake).
+    correct1 = 1 - jnp.exp(step * math.log(beta1))
+    correct2 = 1 - jnp.exp(step * math.log(beta2))
 
-    def update(p, m, v, g):
-        g = g * scale
-        m = m + (1 - cfg.beta1) * (g - m)
-        v = v + (1 - cfg.beta2) * (g * g - v)
+    def update(p, m, v):
         decay = cfg.weight_decay * p if p.ndim > 1 else 0
-        return p - lr * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay), m, v
+        return p - rate * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay)
 
-    # a tree of triples -> a triple of trees
-    updated = jax.tree.map(update, state["params"], state["m"], state["v"], grads)
-    return dict(zip(("params", "m", "v"), jax.tree.transpose(jax.tree.structure(grads), None, updated)))
+    return {"params": jax.tree.map(update, state["params"], m, v), "m": m, "v": v}
 
 
 # ---------------------------------------------------------------- step
 
 
-def placements(batch_size, devices=None):
-    """Where arrays live: (one copy on each device, split over the devices along the first axis). As many devices as
-    divide the batch; jit sees the placement and adds what the devices must tell each other."""
-    devices = devices or jax.devices()
-    n = max(n for n in range(1, len(devices) + 1) if batch_size % n == 0)
+def placements(rows, devices=None):
+    """Where arrays live: (one copy on each device, split over the devices along the first axis).
+    As many devices as divide the rows of a batch; jit sees where its arguments are, and adds what
+    the devices must tell each other."""
+    devices = devices or jax.devices(device().platform)
+    n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 
 def homes(state, cfg):
-    """Where each array of the state lives between steps: whole on every device, or with --shard_params split along the
-    first axis that the devices divide (ZeRO, arXiv 1910.02054)."""
-    mesh = placements(cfg.batch_size)[0].mesh
+    """Where each array of the state lives between steps: whole on every device, or with
+    --shard_params split along the first axis that they divide (ZeRO, arXiv 1910.02054)."""
+    whole, _ = placements(cfg.batch_size)
 
-    def home(a):
-        axes = [i for i, size in enumerate(a.shape) if cfg.shard_params and size % mesh.size == 0]
-        return NamedSharding(mesh, PartitionSpec(*[None] * axes[0], "data") if axes else PartitionSpec())
+    def home(array):
+        for axis, size in enumerate(array.shape):
+            if cfg.shard_params and size % whole.mesh.size == 0:
+                return NamedSharding(whole.mesh, PartitionSpec(*[None] * axis, "data"))
+        return whole
 
     return jax.tree.map(home, state)
 
 
 def put(array, placement):
-    """An array onto the devices; where other processes hold some of them, each process fills its own."""
-    return jax.make_array_from_callback(np.shape(array), placement, lambda part: np.asarray(array)[part])
+    """An array onto the devices; those of another process are filled by that one."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
 
 
-def give_back(event, seconds, **_):
-    """JAX calls this after each of its tasks. After a long compilation the memory that the compiler has freed, some
-    150 MB, goes back to the system, if the C library can do that."""
-    if event.endswith("backend_compile_duration") and seconds > 1:
-        with contextlib.suppress(AttributeError, OSError, TypeError):
-            ctypes.CDLL(None).malloc_trim(0)
+def make_step(objective, batch_at, cfg, home):
+    """-> step(state, number, rate), the number-th step (from 0) -> (state, loss).
 
+    objective(params, batch, key) -> (sum, count) of a micro-batch, which batch_at(number) gives;
+    home: where the state lives. Micro-batches are added up and divided once, so that their sizes
+    do not matter."""
+    whole, split = placements(cfg.batch_size)
+    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True),
+                       out_shardings=((whole, whole), home["params"]))
 
-jax.monitoring.register_event_duration_secs_listener(give_back)
-
-
-def make_step(objective, cfg, model):
-    """objective(params, batch, key) -> (sum, count) becomes step(state, [(batch, key), ...], rates) -> (state, loss):
-    sums and counts of the micro-batches are added up and divided once, so their sizes do not matter."""
-
-    def place(tree, placement):
-        return jax.lax.with_sharding_constraint(tree, placement) if cfg.shard_params else tree
-
-    def add(sums, params, batch, key):
-        params = place(params, placements(cfg.batch_size)[0])  # gathered for the two passes
-        (total, count), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
-        new = place(grads, homes(grads, cfg)), total, count
-        return jax.tree.map(jnp.add, sums, new) if sums else new
-
-    def update(state, sums, rates):
-        grads, total, count = sums
+    @functools.partial(jax.jit, out_shardings=(home, whole),
+                       donate_argnums=() if on_metal() else 0)
+    def update(state, sums, number, rate):
+        (total, count), grads = sums
         count = jnp.maximum(count, 1)
-        state = adam(state, jax.tree.map(lambda g: g / count, grads), rates, cfg)
-        return place(state, homes(state, cfg)), total / count
+        mean = jax.tree.map(lambda g: g / count, grads)
+        return adam(state, mean, number, rate, cfg), total / count
 
-    # XLA would start all parts of attention at once; one after the other they need less memory and time.
-    in_order = NEW_JAX and backend() == "cpu" and model.block_size > QUERIES
-    scheduler = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    add = jax.jit(add, compiler_options=scheduler if in_order else None)
-    update = jax.jit(update, donate_argnums=() if backend() == "metal" else 0)
-
-    def step(state, batches, rates):
+    def step(state, number, rate):
         sums = None
-        for batch, key in batches:  # one at a time: two in flight on virtual CPU devices can block each other
-            sums = jax.block_until_ready(add(sums, state["params"], batch, key))
-        return update(state, sums, rates)
+        for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
+            batch, key = [put(a, split) for a in batch_at(n)], np.array([cfg.seed, n], np.uint32)
+            new = gradient(state["params"], batch, key)
+            jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
+            sums = jax.tree.map(jnp.add, sums, new) if sums else new
+        return update(state, sums, np.float32(number + 1), np.float32(rate))
 
     return step
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- batches
 
 
 def load_tokens(path, tokenizer, at_least):
@@ -506,18 +401,23 @@ def load_tokens(path, tokenizer, at_least):
     if size % 2:
         raise InputError(f"{path}: damaged (odd length); run prepare.py again")
     if size < 2 * at_least:
-        raise InputError(f"{path}: {size // 2} tokens, {at_least} needed; use more text or a smaller --block_size")
+        raise InputError(f"{path}: {size // 2} tokens, {at_least} needed;"
+                         " use more text or a smaller --block_size")
     ids = np.memmap(path, "<u2", "r")
     if ids.max() >= tokenizer.size:
-        raise InputError(f"{path}: ids beyond the vocabulary of {tokenizer.size}; run prepare.py again")
+        raise InputError(f"{path}: ids beyond the vocabulary of {tokenizer.size};"
+                         " run prepare.py again")
     return ids
 
 
 def random_batch(ids, n, T, seed, number):
-    """The number-th batch of a run: n rows of T + 1 tokens, a function of (seed, number) alone, so that a resumed run
-    sees what an uninterrupted one would have seen. A row begins where a document does, if one begins nearby."""
+    """The number-th batch of a run -> x, y (n, T) int32, w (n, T) of ones. A function of (seed,
+    number) alone, so that a resumed run sees what an uninterrupted one would have seen.
+
+    A row x = ids[i : i+T], y = ids[i+1 : i+T+1] begins where a document does, if one is near."""
     batch = np.empty((n, T + 1), np.int32)
-    for row, start in enumerate(np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)):
+    starts = np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)
+    for row, start in enumerate(starts):
         ends = np.flatnonzero(ids[start:start + T] == END)
         if len(ends) and start + ends[0] + T + 2 <= len(ids):
             start += ends[0] + 1
@@ -525,18 +425,20 @@ def random_batch(ids, n, T, seed, number):
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 
-def make_validation(ids, tokenizer, model, cfg):
-    """-> a function of the parameters: (nats a token, bits a byte) over the first eval_tokens of ids."""
-    T, n, placed = model.block_size, 4 * cfg.batch_size, placements(cfg.batch_size)[1]
-    ids = np.array(ids[:cfg.eval_tokens + 1], np.int32)
+def make_validation(ids, tokenizer, cfg, at_most=1 << 17):
+    """-> a function of the parameters: (nats a token, bits a byte) over the first ids."""
+    n, T, split = 4 * cfg.batch_size, cfg.block_size, placements(cfg.batch_size)[1]
+    ids = np.array(ids[:at_most + 1], np.int32)
     tokens, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])
-    x, y, w = np.zeros((3, -(-tokens // (n * T)) * n * T), np.int32)  # whole batches; the padding has weight 0
-    x[:tokens], y[:tokens], w[:tokens] = ids[:-1], ids[1:], 1
-    batches = list(zip(*(a.reshape(-1, n, T) for a in (x, y, w.astype(np.float32)))))
-    total = jax.jit(lambda params, batch: loss(params, batch, None, dataclasses.replace(model, dropout=0.0))[0])
+    shape = (-(-tokens // (n * T)), n, T)  # whole batches; what fills up the last has weight 0
+    x, y = (np.resize(a, shape) for a in (ids[:-1], ids[1:]))
+    w = np.float32(np.arange(x.size) < tokens).reshape(shape)
+    total = jax.jit(functools.partial(loss, key=None, cfg=cfg))
 
     def validate(params):
-        nats = sum(float(total(params, [put(a, placed) for a in batch])) for batch in batches)
+        nats = 0.0
+        for batch in zip(x, y, w):
+            nats += float(total(params, [put(a, split) for a in batch])[0])
         return nats / tokens, nats / math.log(2) / max(1, size)
 
     return validate
@@ -546,13 +448,14 @@ def make_validation(ids, tokenizer, model, cfg):
 
 
 def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """Logits (V,) of the next token -> an id. Temperature 0 takes the likeliest; top_k keeps the k likeliest, top_p
-    the fewest that together have probability p (arXiv 1904.09751); the penalty lowers tokens already in `history`
-    (arXiv 1909.05858)."""
+    """Logits (V,) of the next token -> an id. Temperature 0 takes the likeliest; top_k keeps the k
+    likeliest, top_p the fewest that together have probability p (arXiv 1904.09751); the penalty
+    lowers tokens that are in `history` already (arXiv 1909.05858)."""
     logits = np.array(logits, np.float64)
     if repetition_penalty != 1 and len(history):
         seen = np.unique(history)
-        logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition_penalty, logits[seen] * repetition_penalty)
+        lower = np.where(logits[seen] > 0, 1 / repetition_penalty, repetition_penalty)
+        logits[seen] *= lower
     if temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")[: top_k or None]
@@ -562,35 +465,46 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
 
 
-def make_generator(model):
-    """-> generate(params, prompts, choose, max_new_tokens), compiled once for any length of prompt.
+def make_generator(cfg):
+    """-> generate(params, prompts, choose, max_new_tokens), compiled once for prompts of any length.
 
-    prompts: lists of ids; choose(row, logits (V,), ids in the context) -> id. Yields after each step the list of new
-    ids, None for a row that has said END. A row that fills the context goes on from its last half.
-    """
-    model, T = dataclasses.replace(model, dropout=0.0), model.block_size
-    exact = dataclasses.replace(model, dtype="float32")  # to round the weights for one token takes longer than it saves
-    prefill = jax.jit(jax.vmap(lambda p, tokens, at: forward(p, tokens, model, at=at), (None, 0, 0)))
-    advance = jax.jit(jax.vmap(lambda p, token, at, cache: forward(p, token[None], exact, at=at, cache=cache),
-                               (None, 0, 0, 0)))
+    prompts: lists of ids; choose(row, logits (V,), ids in the context) -> id. Yields after each
+    step the list of new ids, None for a row that has said END. A row that fills the context goes
+    on from its last half."""
+    T = cfg.block_size
+    # Rounding all weights to bfloat16 for the sake of one token takes longer than it saves.
+    cfg = dataclasses.replace(cfg, dtype="float32")
+
+    @jax.jit
+    def after(params, tokens, at, cache):
+        """Padded tokens (B, T), or with a cache the newest alone (B, 1) -> logits (B, V) of what
+        follows position at (B,), and the cache."""
+        if cache is None:
+            x, cache = forward(params, tokens, cfg)
+            x = (x * jax.nn.one_hot(at, T)[..., None]).sum(1)
+        else:
+            x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
+            x = x[:, 0]
+        return logits_of(params, x, cfg), cache
 
     def generate(params, prompts, choose, max_new_tokens):
-        contexts, alive, cache = [list(p[-T:]) for p in prompts], [True] * len(prompts), None
-        whole, placed = placements(len(contexts), jax.local_devices())
+        rows, alive, cache = [list(p[-T:]) for p in prompts], [True] * len(prompts), None
+        whole, split = placements(len(rows), jax.local_devices(backend=device().platform))
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
-            if any(len(r) > T for r in contexts):
-                contexts, cache = [r if len(r) <= T else r[-(T // 2 + 1):] for r in contexts], None
-            at = put(np.array([len(r) - 1 for r in contexts], np.int32), placed)
+            if any(len(row) > T for row in rows):
+                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
+                cache = None
+            at = np.array([len(row) - 1 for row in rows], np.int32)
+            tokens = [row[-1:] for row in rows]
             if cache is None:
-                tokens = np.array([r + [END] * (T - len(r)) for r in contexts], np.int32)
-                logits, cache = prefill(params, put(tokens, placed), at)
-            else:
-                tokens = np.array([r[-1] for r in contexts], np.int32)
-                logits, cache = advance(params, put(tokens, placed), at, cache)
-            new = [choose(i, row[0], contexts[i]) if alive[i] else None for i, row in enumerate(np.asarray(logits))]
+                tokens = [row + [END] * (T - len(row)) for row in rows]
+            tokens = put(np.array(tokens, np.int32), split)
+            logits, cache = after(params, tokens, put(at, split), cache)
+            new = [choose(i, row, rows[i]) if alive[i] else None
+                   for i, row in enumerate(np.asarray(logits))]
             alive = [id not in (None, END) for id in new]
-            contexts = [r + [id] if goes_on else r for r, id, goes_on in zip(contexts, new, alive)]
+            rows = [row + [id] if goes_on else row for row, id, goes_on in zip(rows, new, alive)]
             yield new
             if not any(alive):
                 return
@@ -598,293 +512,254 @@ def make_generator(model):
     return generate
 
 
-# ---------------------------------------------------------------- checkpoint
+# ---------------------------------------------------------------- checkpoints
 
 
 def named_leaves(tree):
-    """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}, and how to put them together again."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    name = lambda path: ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)
-    return {name(path): leaf for path, leaf in leaves}, structure
+    """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}"""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(str(getattr(k, "key", getattr(k, "idx", ""))) for k in path): leaf
+            for path, leaf in leaves}
 
 
-def save_checkpoint(path, state, about):
-    """One file with everything: parameters, Adam's moments, and `about` (configuration, tokenizer, step) as JSON."""
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state)[0].items()}
+def save_checkpoint(path, state, about, keep=False):
+    """One file with everything and no pickle: the arrays, and `about` (settings, tokenizer, step)
+    as JSON. keep: the file that was there becomes *.prev.npz."""
+    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
     if not all(np.isfinite(a).all() for a in arrays.values()):
-        raise InputError(f"{path}: not written, the parameters are no longer finite; try a smaller --learning_rate")
-    with whole_file(path) as file:
+        raise InputError(f"{path}: not written, the parameters are no longer finite;"
+                         " try a smaller --learning_rate")
+    with whole_file(path, keep) as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
-def load_checkpoint(path):
-    """-> (state, about, Model, Tokenizer), all of it checked; InputError says what is wrong with the file."""
+PARTS = ("params", "m", "v")  # of a state; who goes on with training needs all of them
+
+
+def load_checkpoint(path, parts=PARTS[:1]):
+    """-> (state with these parts, about, settings, tokenizer), all of it checked."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        about = json.loads(str(arrays.pop("about")))
-        model, tokenizer = Model(**about["model"]), Tokenizer.from_json(about["tokenizer"], path)
-        leaves, structure = named_leaves(new_state(init_params(model)))
-        for name, leaf in leaves.items():
-            found = arrays[name]
-            if found.shape != leaf.shape or found.dtype != leaf.dtype or not np.isfinite(found).all():
-                raise InputError(f"{path}: damaged, {name} is not a finite {leaf.dtype} array of shape {leaf.shape}")
-    except InputError:
-        raise
+            about = json.loads(str(file["about"]))
+            config = about["config"]
+            if on_metal():
+                config["dtype"] = "float32"
+            known = {f.name for f in dataclasses.fields(Config)} & config.keys()
+            cfg = Config(**{name: config[name] for name in known})
+            state = {part: init_params(cfg) for part in parts}
+            found = [file[name] for name in named_leaves(state)]
+        for (name, like), a in zip(named_leaves(state).items(), found):
+            if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
+                raise ValueError(f"{name} is not a finite {like.dtype} array of shape {like.shape}")
+        tokenizer = Tokenizer.from_json(about["tokenizer"], path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as e:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a whole checkpoint ({type(e).__name__}: {printable(str(e))[:80]});"
-                         " take an earlier one, such as *.prev.npz") from None
-    if backend() == "metal":
-        model = dataclasses.replace(model, dtype="float32")
-    return jax.tree_util.tree_unflatten(structure, [arrays[name] for name in leaves]), about, model, tokenizer
+        raise InputError(f"{path}: not a whole checkpoint ({printable(str(e))[:99]}); take an"
+                         " earlier one, such as *.prev.npz") from None
+    return jax.tree.unflatten(jax.tree.structure(state), found), about, cfg, tokenizer
 
 
-def make_if_missing(path, script, flags=()):
-    """Run the main of the script that makes a default input, unless it is there and finished."""
-    about = load_checkpoint(path)[1] if path.exists() else None
-    if about is None or about["step"] < about["config"]["max_steps"]:
-        name = pathlib.Path(script.__code__.co_filename).name
-        print(f"{path} is unfinished: going on with {name}" if about else f"no {path} yet: running {name}")
-        script([*flags, *["--resume"] * bool(about)])
-
-
-def resume_config(cfg, given, saved, path):
-    """The settings that a checkpoint was made with, with the flags given if they may change; others are refused."""
-    for name in given & saved.keys() - MAY_CHANGE:
+def inherit(cfg, given, about, path):
+    """cfg with what the checkpoint at path was made with: on --resume all settings but those that
+    may change and are given, else those of the model. A flag that says otherwise is refused."""
+    saved, names = about["config"], MODEL
+    if cfg.resume:
+        names = saved.keys() - (MAY_CHANGE & given) - {"resume", "out_dir"}
+    for name in given & names:
         if saved[name] != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
                              " leave it out or start afresh")
-    return dataclasses.replace(cfg, **{k: v for k, v in saved.items() if k not in given | {"resume", "out_dir"}})
+    return dataclasses.replace(cfg, **{name: saved[name] for name in names})
 
 
-# ---------------------------------------------------------------- loop
+# ---------------------------------------------------------------- training loop
 
 
-def begin_log(path, step):
-    """Make log.csv ready to be written on from `step`: rows beyond it, of a run that was cut off, go."""
-    lines = path.read_text(errors="replace").splitlines() if step and path.exists() else []
-    whole = [line for line in lines if re.match(r"\d+(,[^,]*){6}$", line) and int(line.split(",")[0]) <= step]
-    with whole_file(path) as file:
-        header = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
-        file.write("".join(f"{line}\n" for line in [header, *whole]).encode())
-
-
-def sum_up(log_path, width=64, height=8):
-    """The run's losses as a small plot in plain characters -> how many validations ago the lowest was."""
-    with open(log_path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    losses = [float(row["train_loss"]) for row in rows]
-    if not losses:
-        return 0
-    means = [np.mean(part) for part in np.array_split(losses, min(width, len(losses)))]
-    low, high = min(means), max(means)
-    level = [round((m - low) / max(high - low, 1e-9) * (height - 1)) for m in means]
-    for h in reversed(range(height)):
-        label = {height - 1: f"{high:.2f}", 0: f"{low:.2f}"}.get(h, "")
-        print(f"{label:>7} |" + "".join("*" if l == h else " " for l in level).rstrip())
-    seen = [float(row["val_loss"]) for row in rows if row["val_loss"]]
-    return len(seen) - 1 - int(np.argmin(seen)) if seen else 0
-
-
-def keep_previous(*paths):
-    """Before a fresh run: a.npz -> a.prev.npz."""
-    for path in paths:
-        if path.exists():
-            kept = path.with_name(f"{path.stem}.prev{path.suffix}")
-            os.replace(path, kept)
-            print(f"the {path.name} of the run before is now {kept}")
-
-
-def steps_in(cfg, state, step, batches, validate):
-    """How many steps fit in cfg.minutes: the median of 20 after compiling, and the validations between them."""
-    times = [time.time()]
-    for _ in range(22):
-        state, value = step(state, batches, rates(0, cfg))
-        float(value)
-        times.append(time.time())
-    seconds = np.median(np.diff(times)[2:])
-    if validate and cfg.eval_every:
-        for _ in range(2):  # the first also compiles
-            begun = time.time()
-            validate(state["params"])
-        seconds += (time.time() - begun) / cfg.eval_every
-    steps = max(1, int((60 * cfg.minutes - (time.time() - times[0])) / seconds))
-    steps = int(multihost_utils.broadcast_one_to_all(np.int32(steps)))  # process 0 decides
+def fit_to_time(cfg, times, began, validate):
+    """--minutes: the settings with as many steps as fit. times: the seconds of the steps so far;
+    every eval_every steps there is a validation too."""
+    seconds = np.median(times[1:] or times)
+    if cfg.eval_every:
+        validate()  # compiles
+        started = time.time()
+        validate()
+        seconds += (time.time() - started) / cfg.eval_every
+    left = began + 60 * cfg.minutes - time.time()
+    steps = len(times) + max(1, int(left / seconds))
+    steps = int(broadcast_one_to_all(np.int32(steps)))  # process 0 decides
     print(f"{1000 * seconds:.0f} ms a step: {steps} steps in {cfg.minutes:g} minutes")
-    return steps
+    return dataclasses.replace(cfg, max_steps=steps)
 
 
-def train(cfg, state, about, objective, batch_at, validate, path, log_path, show_sample):
-    """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of (seed, step).
+LOGS = {"base": "log.csv", "chat": "log_sft.csv", "dpo": "log_dpo.csv"}
 
-    batch_at(number) gives a micro-batch, validate(params) the losses to log, show_sample(params) prints a text."""
-    whole, split = placements(cfg.batch_size)
-    writes, several, model = jax.process_index() == 0, jax.process_count() > 1, Model(**about["model"])
-    step, done, best = make_step(objective, cfg, model), about["step"], path.with_name("best.npz")
-    count = sum(p.size for p in jax.tree.leaves(state["params"]))
-    flops = 6 * count + 12 * model.n_layer * model.n_embd * model.block_size  # a token (arXiv 2204.02311, appendix B)
-    gather = jax.jit(lambda a: a, out_shardings=whole)
 
-    def fetch(tree):
-        return jax.tree.map(lambda a: np.asarray(a if a.is_fully_replicated else gather(a)), tree)
+def train(cfg, state, about, objective, batch_at, validate, path):
+    """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
+    (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
+    batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
+    done, rows, times, began = about["step"], about["log"], [], time.time() - about["seconds"]
+    chief, log_path = jax.process_index() == 0, path.with_name(LOGS[path.stem])
+    best, lowest = path.with_name("best.npz"), about.get("best", math.inf)
+    home = homes(state, cfg)
+    step, state = make_step(objective, batch_at, cfg, home), jax.tree.map(put, state, home)
+    gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
-    def batches_of(step):
-        numbers = range(step * cfg.grad_accum, (step + 1) * cfg.grad_accum)
-        return [([put(a, split) for a in batch_at(n)], np.array([cfg.seed, n], np.uint32)) for n in numbers]
-
-    def save(path):
+    def save(path, keep=False):
         about.update(config=dataclasses.asdict(cfg), step=done, seconds=time.time() - began)
-        whole_state = fetch(state)
-        if writes:
-            save_checkpoint(path, whole_state, about)
+        whole = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
+        if chief:
+            save_checkpoint(path, whole, about, keep)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    batches, began, home = batches_of(done), time.time() - about["seconds"], homes(state, cfg)
-    if cfg.minutes and not cfg.resume:
-        used_up = jax.tree.map(put, state, home)  # a step destroys the state that it is given
-        cfg = dataclasses.replace(cfg, max_steps=steps_in(cfg, used_up, step, batches, validate))
-    state = jax.tree.map(put, state, home)
-    if not cfg.resume:
-        save(begun := path.with_name("begun.npz"))  # a folder that cannot be written fails now, nothing touched
-    if writes:
-        if not cfg.resume:
-            keep_previous(path, log_path, *[best] * (about["kind"] == "base"))
-            os.replace(begun, path)
-        begin_log(log_path, done)
-    asked = []
-    handlers = {s: signal.signal(s, lambda *_: asked.append(True)) for s in (signal.SIGINT, signal.SIGTERM)}
-    busy, first, logged, stop = 0.0, done, done, False
-    while done < cfg.max_steps and not stop:
-        t = time.time()
-        state, value = step(state, batches, rates(done, cfg))
-        done += 1
-        batches = batches_of(done)  # made while the device works
-        value = float(value)  # waits for it
-        busy += time.time() - t
-        stop = bool(asked)
-        if several:  # they all stop after the same step
-            stop = bool(multihost_utils.process_allgather(np.array(stop)).any())
-        if done == first + 1:
-            started = time.time()  # the first step also compiled: the time left is reckoned from here
-        if not math.isfinite(value):
-            raise InputError(f"step {done}: the loss is {value}; {path} is from before, --init takes it;"
-                             " try a smaller --learning_rate")
-        last = done == cfg.max_steps or stop
-        seen = "", ""
-        due = lambda every: every > 0 and (done % every == 0 or done == cfg.max_steps)
-        if validate and due(cfg.eval_every):
-            seen = validate(state["params"])
-            if about["kind"] == "base" and seen[0] < about.get("best", math.inf):
-                about["best"] = seen[0]
+    with only_writer(path.parent, chief), wishes_to_stop() as stop:
+        save(path, keep=not done)  # a full disk fails now, with nothing touched
+        log = begin_log(log_path, rows) if chief else open(os.devnull, "a")
+        while done < cfg.max_steps and not stop:
+            started, rate = time.time(), learning_rate(done, cfg)
+            state, value = step(state, done, rate)
+            done, value = done + 1, float(value)  # waits for the device
+            times.append(time.time() - started)
+            if not math.isfinite(value):
+                raise InputError(f"step {done}: the loss is {value}; {path} is from before, --init"
+                                 " takes it; try a smaller --learning_rate")
+            if jax.process_count() > 1 and process_allgather(np.array(bool(stop))).any():
+                stop.append(True)  # they all stop after the same step
+            if cfg.minutes and done == 10:
+                cfg = fit_to_time(cfg, times, began, lambda: validate(state["params"]))
+                save(path)
+            last = bool(stop) or done == cfg.max_steps
+            due = cfg.eval_every > 0 and (done % cfg.eval_every == 0 or done == cfg.max_steps)
+            nats, bits = validate(state["params"]) if due else ("", "")
+            if nats and path.stem == "base" and nats < lowest:
+                lowest = about["best"] = nats
                 save(best)
-        if due(cfg.log_every) or done == 1 or last or seen[0]:
-            speed = (done - logged) * sum(batch[0].size for batch, _ in batches) / busy
-            busy, logged = 0.0, done
-            cells = [done, value, *seen, learning_rate(done - 1, cfg), round(speed), time.time() - began]
-            with open(log_path if writes else os.devnull, "a") as log:
-                log.write(",".join(f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells) + "\n")
-            validation = f"validation {seen[0]:.3f}  " if seen[0] else ""
-            left = time_left(started, done - first - 1, cfg.max_steps - first - 1)
-            show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{speed:.0f} tokens/s,"
-                          f" {speed * flops / 1e9:.0f} GFLOP/s  {left}", last=last or bool(validation))
-        if last or due(cfg.save_every):
-            save(path)
-        if due(cfg.sample_every) and not last:
-            show_sample(fetch(state["params"]))
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+            if last or due or done == 1 or done % cfg.log_every == 0:
+                recent = (times[1:] or times)[-cfg.log_every:]  # without the one that compiled
+                speed = round(cfg.batch_size * cfg.grad_accum * cfg.block_size / np.mean(recent))
+                rows.append([done, value, nats, bits, rate, speed, time.time() - began])
+                print(*rows[-1], sep=",", file=log, flush=True)
+                if last or due:
+                    save(path)
+                shown = f"validation {nats:.3f}  " if nats else ""
+                show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
+                              f" tokens/s  {clock((cfg.max_steps - done) * np.mean(recent))} left",
+                              last=last or bool(nats))
+        log.close()
     if stop:
-        script = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}[path.stem]
-        where = "" if cfg.out_dir == "out" else f" --out_dir {cfg.out_dir}"
-        print(f"interrupted at step {done}, saved in {path}; go on with: python {script} --resume{where}")
+        print(f"interrupted at step {done}, saved in {path}; go on with --resume")
         sys.exit(130)
-    rising = sum_up(log_path) if writes else 0
-    if about["kind"] == "base" and rising:
-        print(f"validation loss has risen for {rising} evaluation(s), the model begins to learn its text by heart;"
-              f" best checkpoint: {best} (more text, fewer steps or --dropout help)")
-    elif about["kind"] == "base" and writes:
+    draw([row[1] for row in rows])
+    if nats and nats > lowest:
+        print(f"validation loss was lower before ({lowest:.3f}): the model begins to learn its text"
+              f" by heart; best checkpoint: {best} (more text, fewer steps or --dropout help)")
+    elif path.stem == "base":
         best.unlink(missing_ok=True)  # the same as the last one
-    return fetch(state)
+    return jax.tree.map(np.asarray, gather(state))
 
 
 # ---------------------------------------------------------------- main
 
 
 def join(cfg):
-    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all it needs. Process 0
-    alone prints and writes files; out_dir and data_dir must be folders that all of them see."""
+    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all
+    it needs. Process 0 alone prints and writes; data_dir and out_dir must be seen by all."""
     slurm = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" in os.environ
     if not (cfg.coordinator or slurm or "TPU_ML_PLATFORM" in os.environ):
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     where = [cfg.coordinator, cfg.num_processes, cfg.process_id] if cfg.coordinator else []
     try:
-        jax.distributed.initialize(*where, **({"heartbeat_timeout_seconds": 40} if NEW_JAX else {}))
+        jax.distributed.initialize(*where)
     except (ValueError, IndexError) as e:
-        raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below --num_processes ({e})"
-                         ) from None
+        raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below"
+                         f" --num_processes ({e})") from None
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
+
+
+def small_gradient(where):
+    """The gradient of a small model, computed on a device, as one array."""
+    cfg, rng = Config(n_layer=1, dtype="float32", vocab_size=11), np.random.default_rng(0)
+    params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
+    x, y = rng.integers(11, size=(2, 3, cfg.block_size)).astype(np.int32)
+    with jax.default_device(where):
+        gradient = jax.jit(jax.grad(lambda params: loss(params, (x, y, x / 9), None, cfg)[0]))
+        return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient(params))])
+
+
+def check_device():
+    """Apple's plug-ins have given wrong numbers without a word (as in jax#21757): before such a GPU
+    is trusted, it must agree with the CPU. Otherwise everything runs on the CPU."""
+    if on_metal():
+        gpu, cpu, problem = device(), jax.devices("cpu")[0], "its gradients are not the CPU's"
+        try:
+            right = small_gradient(cpu)
+            if np.abs(small_gradient(gpu) - right).max() < 1e-3 * np.abs(right).max():
+                return
+        except Exception as e:  # whatever a plug-in raises
+            problem = printable(str(e))[:99]
+        print(f"{gpu} is not used, all runs on the CPU: {problem}")
+        jax.config.update("jax_default_device", cpu)
+
+
+def refuse_what_cannot_be(cfg):
+    if cfg.n_embd % (2 * cfg.n_head):
+        raise InputError(f"--n_embd {cfg.n_embd}: must be a multiple of 2 x n_head ="
+                         f" {2 * cfg.n_head}")
+    if cfg.dtype == "bfloat16" and on_metal():
+        raise InputError("--dtype bfloat16: not on Metal; leave it out")
+    if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
+        raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the"
+                         f" {jax.device_count()} devices")
+    if cfg.shard_params and jax.device_count() == 1:
+        print("--shard_params: there is one device only, so nothing is split")
 
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     join(cfg)
-    path, log_path = (pathlib.Path(cfg.out_dir) / name for name in ("base.npz", "log.csv"))
+    check_device()
+    path = pathlib.Path(cfg.out_dir, "base.npz")
     start = path if cfg.resume else cfg.init
     if start:
-        state, about, model, tokenizer = load_checkpoint(start)
-        cfg = resume_config(cfg, given, about["config"] if cfg.resume else about["model"], start)
+        state, about, _, tokenizer = load_checkpoint(start, PARTS if cfg.resume else PARTS[:1])
+        cfg = inherit(cfg, given, about, start)
     data_dir = pathlib.Path(cfg.data_dir)
-    if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
-        raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the {jax.device_count()} devices")
-    if not start and "data_dir" not in given and jax.process_count() == 1 and not (data_dir / "train.bin").exists():
+    if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
-        prepare.main(["--out_dir", str(data_dir)])
+        prepare.main([])
     data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
-    if "dtype" in given and cfg.dtype == "bfloat16" and backend() == "metal":
-        raise InputError("--dtype bfloat16: not on Metal; leave it out")
     if not start:
-        cfg = dataclasses.replace(cfg, vocab_size=data_tokenizer.size,
-                                  dtype=fast_dtype() if cfg.dtype == "auto" else cfg.dtype)
-        tokenizer, model = data_tokenizer, Model(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Model)})
-        if model.n_embd % (2 * model.n_head):
-            raise InputError(f"--n_embd {model.n_embd}: must be a multiple of 2 x n_head = {2 * model.n_head}")
-        state = dict(params=init_params(model, cfg.seed))
+        tokenizer = data_tokenizer
+        dtype = fast_dtype() if cfg.dtype == "auto" else cfg.dtype
+        cfg = dataclasses.replace(cfg, vocab_size=tokenizer.size, dtype=dtype)
+        state = {"params": init_params(cfg, np.random.default_rng(cfg.seed))}
+    refuse_what_cannot_be(cfg)
     if tokenizer.merges != data_tokenizer.merges:
         raise InputError(f"{data_dir}: another vocabulary than that of {start}")
-    ids = load_tokens(data_dir / "train.bin", tokenizer, model.block_size + 1)
-    validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, model, cfg)
+    ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
+    validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
+    batch_at = functools.partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
-    tokens = cfg.batch_size * cfg.grad_accum * model.block_size
-    print(f"{placements(cfg.batch_size)[0].mesh.size} {backend()} device(s), {model.dtype}, {count:,}"
-          f" parameters, {tokens} tokens a step, {len(ids)} tokens an epoch ({len(ids) / tokens:.0f} steps),"
-          f" expected first loss ln {model.vocab_size} = {math.log(model.vocab_size):.3f}")
+    tokens = cfg.batch_size * cfg.grad_accum * cfg.block_size
+    print(f"{placements(cfg.batch_size)[0].mesh.size} {device().platform} device(s), {cfg.dtype},"
+          f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
+          f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
+          f" {math.log(cfg.vocab_size):.3f}")
     if not cfg.resume:
         state = new_state(state["params"])
-        about = dict(kind="base", model=dataclasses.asdict(model), tokenizer=tokenizer.to_json(), step=0, seconds=0.0)
-    batch_at = functools.partial(random_batch, ids, cfg.batch_size, model.block_size, cfg.seed)
-    generate = make_generator(model)
+        about = {"kind": "base", "tokenizer": tokenizer.to_json(), "step": 0, "seconds": 0.0, "log": []}
+    state = train(cfg, state, about, functools.partial(loss, cfg=cfg), batch_at, validate, path)
+    rng = np.random.default_rng(cfg.seed)
 
-    def show_sample(params):
-        rng = np.random.default_rng(cfg.seed)
-        choose = lambda _, logits, history: sample(logits, history, rng, temperature=0.8, top_k=50)
-        new = [step[0] for step in generate(params, [[END]], choose, 2 * model.block_size)]
-        print(f"sample: {printable(tokenizer.decode(new))}\n")
+    def choose(row, logits, history):
+        return sample(logits, history, rng, temperature=0.8, top_k=50)
 
-    try:
-        state = train(cfg, state, about, functools.partial(loss, model=model), batch_at, validate, path, log_path,
-                      show_sample)
-    except (RuntimeError, ValueError) as e:  # either, for a broken connection
-        if jax.process_count() == 1:
-            raise
-        raise InputError(f"a process of this run died or is out of reach ({str(e).splitlines()[0]});"
-                         " start all of them again with --resume") from None
-    show_sample(state["params"])
-    pairs = "" if (data_dir / "qa.jsonl").exists() else " PAIRS"
-    print(f"checkpoint: {path}\nnext: python sft.py{pairs}   (or continue a text: python chat.py {path})")
+    steps = make_generator(cfg)(state["params"], [[END]], choose, 2 * cfg.block_size)
+    print(f"sample: {printable(tokenizer.decode(step[0] for step in steps))}\n")
+    print(f"checkpoint: {path}\nnext: python sft.py   (with your own questions: python sft.py PAIRS;"
+          f" to continue a text: python chat.py {path})")
 
 
 if __name__ == "__main__":
