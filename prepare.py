@@ -327,34 +327,32 @@ def in_groups(lines, odd):
 
 # ---------------------------------------------------------------- writing tokens
 
-ENOUGH = 1 << 17  # different words to learn a tokenizer from
-
-
 def encode_group(group, tokenizer):
     """Texts -> uint16 ids, each document closed by <|end|>."""
     return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], "<u2")
 
 
-def learn_words(groups, vocab_size):
-    """The first groups of text -> a tokenizer, and those groups."""
+def learn_tokenizer(groups, vocab_size):
+    """The beginning of a text -> a tokenizer, and the groups that were looked at."""
     first, words = [], Counter()
     for group in groups:
         first.append(group)
         for text, _ in group:
             words.update(WORD.findall(text))
-        if len(words) > ENOUGH:
+        if len(words) > 1 << 18:  # enough different ones; more would only take memory
             break
     if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is not learned
         size = sum(len(word.encode("utf-8", "replace")) * n for word, n in words.items())
         vocab_size = max(384, min(1 << 15, round(size**0.5 / 2)))
-    return Tokenizer(train_bpe(words, vocab_size)), first
+    frequent = dict(words.most_common(max(1 << 14, 4 * vocab_size)))
+    return Tokenizer(train_bpe(frequent, vocab_size)), first
 
 
 def write_tokens(lines, vocab_size, val_fraction, out_dir, odd, expected=0):
     """Lines of documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in
     out_dir changes before all of it is written. expected: bytes, where known, for the time left."""
     started, groups = time.time(), in_groups(lines, odd)
-    tokenizer, first = learn_words(groups, vocab_size)
+    tokenizer, first = learn_tokenizer(groups, vocab_size)
     encode = functools.partial(encode_group, tokenizer=tokenizer)
     groups = itertools.chain(first, groups)
     workers = Pool(CORES) if len(first) > 4 else contextlib.nullcontext()
