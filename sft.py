@@ -1,13 +1,14 @@
-"""Supervised fine-tuning: from a model that continues text to one that answers. And DPO, the level after that.
+"""Supervised fine-tuning: from a model that continues text to one that answers. Then DPO.
 
-    python sft.py                             # the built-in questions, out/base.npz -> out/chat.npz
-    python sft.py mine.jsonl --init out/base.npz --eval held_out.jsonl
-    python sft.py --show 3                    # three examples, the trained tokens in colour, then stop
-    python sft.py --eval questions.jsonl      # no training: how many answers of out/chat.npz are right
-    python sft.py --dpo                       # right answers against its own rambling, out/chat.npz -> out/dpo.npz
+    python sft.py                        # the built-in questions, out/base.npz -> out/chat.npz
+    python sft.py mine.jsonl --eval held_out.jsonl
+    python sft.py --show 3               # three examples, the trained tokens in colour, then stop
+    python sft.py --eval questions.jsonl # no training: how many answers of out/chat.npz are right
+    python sft.py --dpo                  # what people corrected in the chat, out/chat.npz -> dpo.npz
 
-Pretraining gave the model its knowledge; here it learns the manner. The step is that of gpt.py, but only the tokens
-of answers have weight. Reading order: reading files, examples, answers and their marks, fine-tuning and DPO, main.
+Pretraining gave the model its knowledge; here it learns the manner. The loop is that of gpt.py, but
+only the tokens of answers have weight. Reading order: records, examples, answers and their marks,
+fine-tuning, DPO, main.
 """
 import dataclasses
 import functools
@@ -15,368 +16,442 @@ import itertools
 import json
 import pathlib
 import sys
-from collections import Counter
+import zlib
 
 import gpt
 import jax
 import jax.numpy as jnp
 import numpy as np
 import prepare
-from prepare import ASSISTANT, END, USER, InputError, Tokenizer, read_flags, run, setting, show_progress
+from data.world import DONT_KNOW
+from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer, count, printable
+from prepare import read_flags, report, run, setting, show_progress
 
-# ---------------------------------------------------------------- reading files
+# ---------------------------------------------------------------- records: JSON of many shapes
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "system": "system", "developer": "system"}
+QUESTION = ("prompt", "instruction", "text", "input", "context")  # all there are make the question
+ANSWER = [("messages", "conversations", "response", "output", "completion")]  # the first there is
+PREFERENCE = [("chosen",), ("rejected",)]
 
 
-def read_records(path):
-    """A JSON list or JSON lines, also .gz -> [(record, "file:line")]."""
-    lines = [(line, source) for line, source in prepare.read_lines(path) if line.strip()]
-    is_list = bool(lines) and lines[0][0].lstrip().startswith("[")
-    if is_list:
-        lines = [("".join(line for line, _ in lines), path)]
-    records = []
-    for text, source in lines:
+def read_json(path, odd):
+    """JSON lines or one JSON list -> (record, "file:line")."""
+    lines = [(line, source) for line, source in prepare.read_lines(path, odd) if line.strip()]
+    if lines and lines[0][0].lstrip().startswith("["):
         try:
-            record = json.loads(text)
+            records = json.loads("".join(line for line, _ in lines))
         except (ValueError, RecursionError) as e:
-            raise InputError(f"{source}: not JSON ({e})") from None
-        records.append((record, source))
-    if is_list:
-        records = [(record, f"{path}: record {i}") for i, record in enumerate(record, 1)]
-    if not records:
-        raise InputError(f"{path}: empty; give it questions and answers")
-    return records
+            raise InputError(f"{path}: not JSON ({e})") from None
+        yield from ((record, f"{path}: record {i}") for i, record in enumerate(records, 1))
+        return
+    for line, source in lines:
+        try:
+            yield json.loads(line), source
+        except (ValueError, RecursionError):
+            count(odd, "lines that are not JSON", source)
 
 
-def turns_of(record, source, answer="response"):
-    """One record -> [question, answer, question, answer, ...]; raises InputError naming the line.
-
-    {"instruction" or "prompt", "response"}, Alpaca's {"instruction", "input", "output"}, Dolly's {"instruction",
-    "context", "response"}, or {"messages": [{"role", "content"}, ...]} whose system turn goes before the first
-    question. For DPO `answer` is "chosen" or "rejected"."""
-    roles = ["user", "assistant"]
-    try:
-        if "messages" in record and answer == "response":
-            roles = [m["role"] for m in record["messages"]]
-            turns = [m["content"] for m in record["messages"]]
-            if roles[0] == "system":
-                roles, turns = roles[1:], ["\n\n".join(turns[:2]), *turns[2:]]
-        else:
-            record = {"instruction": record.get("prompt"), "response": record.get("output")} | record
-            more = [record[k] for k in ("input", "context") if record.get(k)]
-            turns = ["\n\n".join([record["instruction"], *more]), record[answer]]
-        right = roles == ["user", "assistant"] * max(1, len(roles) // 2) and all(t.strip() for t in turns[1::2])
-    except (AttributeError, IndexError, KeyError, TypeError):  # anything can be in a JSON file
-        right = False
-    if not right or not all(isinstance(t, str) for t in turns):
-        answers = ('"response" (or "output"), or "messages" whose roles go user, assistant, user, assistant, ...'
-                   if answer == "response" else '"chosen" and "rejected"')
-        raise InputError(f'{source}: needs "instruction" and {answers}; all are text, and no answer is empty')
+def turns_of(record, names):
+    """A record of any shape -> its turns as dicts. names: what its answer, or the whole
+    conversation, may be called. A text that is an answer follows the question."""
+    turns = next((record[name] for name in names if name in record), None)
+    asked = [record[name] for name in QUESTION if record.get(name)]
+    if asked and not isinstance(asked[0], list):
+        asked = [[{"role": "user", "content": "\n\n".join(asked)}]]
+    if isinstance(turns, str):
+        turns = [{"role": "assistant", "content": turns}]
+    if asked and turns[0].get("role") == "assistant":
+        turns = asked[0] + turns
     return turns
+
+
+def messages_of(turns):
+    """OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"}, ...] -> [(role, text,
+    trained), ...] going user, assistant, user, assistant. A system text goes before the first
+    question; a last question without an answer goes; an answer of "weight" 0 is not trained."""
+    messages, system = [], ""
+    for turn in turns:
+        role = ROLES.get(turn.get("role", turn.get("from")), "other")
+        text = turn.get("content", turn.get("value"))
+        if isinstance(text, list):
+            text = "".join(part["text"] for part in text)
+        text = "\n\n".join(part for part in (system, text) if part != "")
+        system = ""
+        if role == "system" and not messages:
+            system = text
+            continue
+        if role != ("user", "assistant")[len(messages) % 2] or turn.get("tool_calls"):
+            raise ValueError("whose turns are not user, assistant, user, assistant")
+        if role == "assistant" and not text.strip():
+            raise ValueError("with an empty answer")
+        messages.append((role, text, role == "assistant" and turn.get("weight", 1) != 0))
+    return messages[:len(messages) // 2 * 2]
+
+
+def conversations(path, odd, kind=ANSWER):
+    """A file -> (messages for each answer, record, "file:line"). What cannot be a conversation is
+    left out and counted in odd. What both answers of a preference share is not trained."""
+    for record, source in read_json(path, odd):
+        try:
+            found = [messages_of(turns_of(record, names)) for names in kind]
+            shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
+            found = [[(*m[:2], m[2] and m not in shared) for m in messages] for messages in found]
+            if not all(any(trained for *_, trained in messages) for messages in found):
+                raise ValueError("without an answer to train")
+            yield found, record, source
+        except ValueError as e:
+            count(odd, f"records {e}", source)
+        except (AttributeError, IndexError, KeyError, TypeError):  # anything can be in a JSON file
+            count(odd, "records of no known shape", source)
 
 
 # ---------------------------------------------------------------- examples
 
 
-def render(turns, tokenizer):
-    """[question, answer, ...] -> (ids, which of them are trained): <|user|> question <|assistant|> answer <|end|> ...
+def render(messages, tokenizer):
+    """Messages -> (ids, which of them are trained):
 
-    Put together from ids, so no text can forge a special token. A turn is encoded with a space before it: its first
-    word is then the same token as within a text. An odd number of turns ends in <|assistant|>: the prompt of chat.py.
-    """
+        [("user", "hi", False), ("assistant", "ho", True)]
+        ->  <|user|>  hi  <|assistant|>  ho   <|end|>
+            False     ..  False          True True
+
+    Put together from ids, so that no text can forge a special token. A text is encoded with a space
+    before it: its first word is then the same token as within a text. Messages that end in a
+    question end in <|assistant|>: the prompt of chat.py."""
     ids, trained = [], []
-    for i, text in enumerate(turns):
-        words, is_answer = tokenizer.encode(f" {text}"), i % 2 == 1
-        ids += [*words, END] if is_answer else [USER, *words, ASSISTANT]
-        trained += [is_answer] * (len(ids) - len(trained))
+    for role, text, is_trained in messages:
+        words = tokenizer.encode(f" {text}")
+        ids += [*words, END] if role == "assistant" else [USER, *words, ASSISTANT]
+        trained += [is_trained] * (len(ids) - len(trained))
     return ids, trained
 
 
-def read_examples(records, tokenizer, T, answers=("response",)):
-    """Records -> for each that fits the context its rendered conversations, one for each name of an answer."""
-    examples = [[render(turns_of(*record, answer), tokenizer) for answer in answers] for record in records]
-    fitting = [example for example in examples if all(len(ids) <= T for ids, _ in example)]
-    if len(fitting) < len(examples):
-        print(f"left out: {len(examples) - len(fitting)} of {len(examples)} examples, longer than the context of {T}")
-    if not fitting:
-        raise InputError(f"no example fits the context of {T} tokens; a base needs a larger --block_size")
-    return fitting
+def read_examples(paths, tokenizer, T, kind=ANSWER):
+    """Files -> examples: for each record that fits the context, (ids, trained) of each answer."""
+    odd, examples = {}, []
+    for path in paths:
+        for found, _, source in conversations(path, odd, kind):
+            example = [render(messages, tokenizer) for messages in found]
+            if max(len(ids) for ids, _ in example) > T:
+                count(odd, f"records longer than the context of {T} tokens", source)
+                continue
+            examples.append([(np.array(ids, np.uint16), np.array(w)) for ids, w in example])
+    report(odd)
+    if not examples:
+        raise InputError(f"{path}: nothing to train on is left")
+    return examples
 
 
 def show(ids, trained, tokenizer):
     """The example as text; what is trained stands out."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
-    special, text = dict(enumerate(prepare.SPECIAL)), ""
-    for is_trained, part in itertools.groupby(zip(ids, trained), lambda pair: pair[1]):
-        words = "".join(special.get(i) or prepare.printable(tokenizer.decode([i])) for i, _ in part)
-        text += f"{on}{words}{off}" if is_trained else words
+    text = ""
+    for is_trained, part in itertools.groupby(zip(ids.tolist(), trained), lambda pair: pair[1]):
+        words = ""
+        for is_special, run in itertools.groupby((i for i, _ in part), lambda i: i < len(SPECIAL)):
+            words += "".join(SPECIAL[i] for i in run) if is_special else tokenizer.decode(run)
+        text += f"{on}{printable(words)}{off}" if is_trained else printable(words)
     return text
 
 
 def shift(ids, trained, T):
-    """Ids and mask -> one row x, y, w of length T; w is 1 where the *target* y is trained, else (and in padding) 0."""
+    """shift([5, 6, 7], [False, False, True], 4) -> x [5, 6, 0, 0], y [6, 7, 0, 0], w [0, 1, 0, 0]:
+    w is 1 where the *target* y is trained."""
     row = np.zeros((3, T), np.int32)
     row[:, : len(ids) - 1] = ids[:-1], ids[1:], trained[1:]
     return row
 
 
-def epoch_order(count, n, seed, number):
-    """Which n of count examples make the number-th batch: each is seen once in an epoch, in an order of its own."""
-    first, start = divmod(number * n, count)
-    epochs = range(first, first + (start + n - 1) // count + 1)
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in epochs])
-    return order[start:start + n]
-
-
-def mixed_batch(rows, new, replay_ids, old, T, seed, number):
-    """The number-th batch: `new` examples and `old` rows of pretraining text with full weight, against forgetting
-    (arXiv 2503.21676). A function of (seed, number)."""
-    x, y, w = rows[epoch_order(len(rows), new, seed, number)].swapaxes(0, 1)
-    if old:
-        replayed = gpt.random_batch(replay_ids, old, T, seed, number)
-        x, y, w = (np.concatenate(pair) for pair in zip((x, y, w), replayed))
-    return x, y, w.astype(np.float32)
+def epoch_order(total, n, seed, number):
+    """Which n of `total` examples make the number-th batch: in an epoch each comes once, in an
+    order of its own."""
+    first, start = divmod(number * n, total)
+    epochs = range(first, first + (start + n - 1) // total + 1)
+    order = [np.random.default_rng([seed, epoch]).permutation(total) for epoch in epochs]
+    return np.concatenate(order)[start:start + n]
 
 
 # ---------------------------------------------------------------- answers and their marks
 
 
-def answer_all(params, model, tokenizer, prompts, max_new_tokens, temperature=0.0, seed=0, may_end=True):
-    """Answers to prompts (lists of ids) -> [(text, ids)]."""
-    generate, rng, n, answers = gpt.make_generator(model), np.random.default_rng(seed), 64, []
-    never = np.zeros(model.vocab_size)
-    never[END] = 0 if may_end else -np.inf
-    choose = lambda i, logits, history: gpt.sample(logits + never, history, rng, temperature)
-    for start in range(0, len(prompts), n):
-        some = prompts[start:start + n]
-        padding = [[END]] * (n - len(some))  # batches of a fixed size: compiled once
-        steps = list(generate(params, some + padding, choose, max_new_tokens))
+def answer_all(params, cfg, tokenizer, prompts, longest, temperature=0.0):
+    """Answers to prompts (lists of ids), 64 at a time -> [text]."""
+    generate, rng, answers = gpt.make_generator(cfg), np.random.default_rng(cfg.seed), []
+
+    def choose(row, logits, history):
+        return gpt.sample(logits, history, rng, temperature)
+
+    for start in range(0, len(prompts), 64):
+        some = prompts[start:start + 64]
+        padding = [[END]] * (64 - len(some))  # batches of one size: compiled once
+        steps = list(generate(params, some + padding, choose, longest))
         for i in range(len(some)):
             ids = [step[i] for step in steps if step[i] is not None]
-            answers.append((tokenizer.decode(ids).removeprefix(" "), ids))
-        show_progress(f"answering: {len(answers)} of {len(prompts)}", last=len(answers) == len(prompts))
+            answers.append(tokenizer.decode(ids).removeprefix(" "))
+        show_progress(f"answering: {len(answers)} of {len(prompts)}",
+                      last=len(answers) == len(prompts))
     return answers
 
 
-def grade(params, model, tokenizer, test, column):
-    """Answer greedily; record[column] becomes whether the whole answer is right. -> the part of answers that ended.
+def grade(params, cfg, tokenizer, test, column):
+    """Answer greedily; record[column] becomes "right" (the whole answer, word for word),
+    "declined" or "wrong". A record with a "text" is a text to complete.
 
-    test: records with "turns", as turns_of gives them. A record with a "prompt" is a text to complete, not a question.
-    """
-    prompts = [[END, *tokenizer.encode(r["prompt"])] if "prompt" in r else render(r["turns"][:-1], tokenizer)[0]
-               for r in test]
-    longest = max(len(tokenizer.encode(r["turns"][-1])) for r in test) + 8
-    ended = []
-    for r, (text, ids) in zip(test, answer_all(params, model, tokenizer, prompts, longest)):
-        expected = r["turns"][-1]
-        if "prompt" in r:
-            r[column] = text.startswith(expected.strip())  # the text may go on
-        else:
-            r[column] = text == expected
-            ended.append(END in ids)
-    return sum(ended) / max(1, len(ended))
+    test: [(messages, record)]"""
+    prompts = [render(messages[:-1], tokenizer)[0] for messages, _ in test]
+    for i, (messages, record) in enumerate(test):
+        if "text" in record:
+            prompts[i] = [END, *tokenizer.encode(record["text"])]
+    longest = max(len(tokenizer.encode(messages[-1][1])) for messages, _ in test) + 8
+    said = answer_all(params, cfg, tokenizer, prompts, longest)
+    for (messages, record), answer in zip(test, said):
+        expected = messages[-1][1].strip()
+        right = answer.startswith(expected) if "text" in record else answer == expected
+        record[column] = "declined" if answer == DONT_KNOW else "right" if right else "wrong"
 
 
 def table(test, columns):
-    """Print the percentage of right answers in each set. The best constant guess always says the most frequent value of
-    an attribute."""
-    heads = "".join(f"{name:>20}" for name in [*columns, "best constant guess"])
-    print(f"{'set':<24}{'questions':>10}{heads}")
-    set_of = lambda r: prepare.printable(str(r.get("set", "all")))
-    for name in dict.fromkeys(map(set_of, test)):
-        group = [r for r in test if set_of(r) == name]
-        values = Counter((str(r.get("attribute")), str(r.get("value", r["turns"][-1]))) for r in group).most_common()
-        guessed = {attribute: count for (attribute, _), count in reversed(values)}  # its highest count comes last
-        right = [*(sum(r[column] for r in group) for column in columns), sum(guessed.values())]
-        print(f"{name:<24}{len(group):>10}" + "".join(f"{100 * count / len(group):>20.1f}" for count in right))
+    """Print for each set of questions how many % of the answers were right, declined, wrong."""
+    print(f"{'set':<24}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
+    sets = {}
+    for _, record in test:
+        sets.setdefault(printable(str(record.get("set", "all"))), []).append(record)
+    for name, records in sets.items():
+        cells = ""
+        for verdict in ("right", "declined", "wrong"):
+            parts = [100 * np.mean([r[column] == verdict for r in records]) for column in columns]
+            cells += f"{' -> '.join(f'{part:.1f}' for part in parts):>18}"
+        print(f"{name:<24}{len(records):>10}{cells}")
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def log_probs(params, x, y, w, model):
-    """Log-probability of what is trained in each row: x, y, w (n, T) -> (n,)."""
-    losses = jax.vmap(functools.partial(gpt.token_losses, key=None, model=model), (None, 0, 0))(params, x, y)
-    return -(losses * w).sum(-1)
+def log_probs_of(losses, params, examples, T, n=32):
+    """losses: gpt.token_losses, compiled -> the log-probability of what is trained in each of the
+    examples [(ids, trained)]."""
+    found = []
+    for start in range(0, len(examples), n):
+        rows = [shift(*example, T) for example in examples[start:start + n]]
+        x, y, w = np.resize(rows, (n, 3, T)).swapaxes(0, 1)  # one size: compiled once
+        found += (-(losses(params, x, y) * w).sum(-1)[:len(rows)]).tolist()
+    return np.array(found)
 
 
-def log_probs_of(params, rows, model, n=32):
-    """The same for any number of rows (..., 3, T) -> (...), in batches of a fixed size."""
-    flat, parts = rows.reshape(-1, *rows.shape[-2:]), []
-    for start in range(0, len(flat), n):
-        x, y, w = np.resize(flat[start:start + n], (n, *flat.shape[1:])).swapaxes(0, 1)
-        parts.append(log_probs(params, x, y, w, model))
-    return np.concatenate(parts)[:len(flat)].reshape(rows.shape[:-2])
+# ---------------------------------------------------------------- fine-tuning
 
 
-# ---------------------------------------------------------------- fine-tuning and DPO
-
-
-def imitate(cfg, rows, held, model, tokenizer):
-    """Makes answers likelier. rows (N, 1, 3, T), the first `held` of them not trained on -> objective, batch_at and
-    validate for gpt.train, measure(params) -> {name: value} of those held out, and the examples in a batch."""
-    rows, data_dir, replay, old, validate = rows[:, 0], pathlib.Path(cfg.data_dir), None, 0, None
+def imitate(cfg, examples, held, tokenizer):
+    """Make answers likelier. The first `held` examples are not trained on -> objective, batch_at
+    and validate for gpt.train, and measure(params) -> {name: value}."""
+    T, data_dir, old, replay = cfg.block_size, pathlib.Path(cfg.data_dir), 0, None
+    kept, rest = [e[0] for e in examples[:held]], [e[0] for e in examples[held:]]
+    losses = jax.jit(functools.partial(gpt.token_losses, cfg=cfg))
+    validate = lambda params: ("", "")
     source = data_dir / "tokenizer.json"
     if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
-        replay = gpt.load_tokens(data_dir / "train.bin", tokenizer, model.block_size + 1)
+        replay = gpt.load_tokens(data_dir / "train.bin", tokenizer, T + 1)
         old = min(cfg.batch_size - 1, round(cfg.batch_size * cfg.replay))
-        validate = gpt.make_validation(gpt.load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, model, cfg)
+        val = gpt.load_tokens(data_dir / "val.bin", tokenizer, 2)
+        validate = gpt.make_validation(val, tokenizer, cfg)
     else:
-        print(f"{data_dir} is not the text that {cfg.init} was trained on, so none of it is replayed")
-    new = cfg.batch_size - old
-    batch_at = functools.partial(mixed_batch, rows[held:], new, replay, old, model.block_size, cfg.seed)
-
-    def measure(params):
-        return {"loss of the held-out answers": -log_probs_of(params, rows[:held], model).sum() / rows[:held, 2].sum()}
-
-    return functools.partial(gpt.loss, model=model), batch_at, validate, measure, new
-
-
-BOLD = 1.2  # temperature at which the model is sampled, so that it does not always say the same
-
-
-def own_preferences(cfg, n=1000):
-    """The right answers of the built-in questions against the model's own rambling, what it says when it must go on ->
-    as read_records."""
-    state, _, model, tokenizer = gpt.load_checkpoint(cfg.init)
-    path = pathlib.Path(cfg.data_dir) / "qa.jsonl"
-    pairs = {r["instruction"]: r["response"] for r, _ in read_records(path) if "instruction" in r}
-    questions = np.random.default_rng(cfg.seed).permutation(sorted(pairs))[:n].tolist()
-    prompts = [render([q], tokenizer)[0] for q in questions]
-    said = answer_all(state["params"], model, tokenizer, prompts, model.block_size // 2, BOLD, cfg.seed, may_end=False)
-    return [(dict(instruction=q, chosen=pairs[q], rejected=text), path)
-            for q, (text, _) in zip(questions, said) if text.strip() and text != pairs[q]]
-
-
-def dpo_loss(params, batch, key, model, beta, anchor):
-    """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w (n, 2, T), the chosen
-    answer first, and the log-probabilities (n, 2) that the model before training gave them, the reference.
-
-    A softmax of the two rewards, as in any classification. `anchor` adds the loss per token of the chosen answer, whose
-    probability would otherwise fall along with that of the rejected one (arXiv 2404.19733)."""
-    x, y, w, reference = batch
-    logp = jax.vmap(log_probs, (None, 0, 0, 0, None))(params, x, y, w, model)
-    reward = beta * (logp - reference)
-    top = jax.lax.stop_gradient(reward.max(-1))
-    losses = jnp.log(jnp.exp(reward - top[:, None]).sum(-1)) + top - reward[:, 0]
-    return (losses - anchor * logp[:, 0] / w[:, 0].sum(-1)).sum(), np.float32(len(x))
-
-
-def prefer(cfg, rows, held, model, tokenizer):
-    """Makes the chosen answers likelier than the rejected ones: as imitate, with rows (N, 2, 3, T)."""
-    reference = log_probs_of(gpt.load_checkpoint(cfg.init)[0]["params"], rows, model)
-    prompts = [x[:w.argmax() + 1].tolist() for x, _, w in rows[:held, 0]]
-    answers = [tokenizer.decode(y[w == 1]).removeprefix(" ") for _, y, w in rows[:held, 0]]
+        print(f"{data_dir} is not the text of {cfg.init}, so none of it is replayed")
 
     def batch_at(number):
-        some = held + epoch_order(len(rows) - held, cfg.batch_size, cfg.seed, number)
-        x, y, w = rows[some].transpose(2, 0, 1, 3)
-        return x, y, w.astype(np.float32), reference[some]
-
-    def rewards(params):
-        return (cfg.beta * (log_probs_of(params, rows[:held], model) - reference[:held])).T
-
-    def validate(params):
-        chosen, rejected = rewards(params)
-        return float(np.logaddexp(0, rejected - chosen).mean()), ""
+        """Examples, and rows of pretraining text against forgetting (arXiv 2503.21676)."""
+        some = epoch_order(len(rest), cfg.batch_size - old, cfg.seed, number)
+        x, y, w = np.array([shift(*rest[i], T) for i in some]).swapaxes(0, 1)
+        if old:
+            replayed = gpt.random_batch(replay, old, T, cfg.seed, number)
+            x, y, w = (np.concatenate(pair) for pair in zip((x, y, w), replayed))
+        return x, y, np.float32(w)
 
     def measure(params):
-        chosen, rejected = rewards(params)
-        said = answer_all(params, model, tokenizer, prompts, model.block_size // 2, BOLD, cfg.seed + 1)
-        same = [text == answer for answer, (text, _) in zip(answers, said)]
-        return {"DPO loss, held out": validate(params)[0], "chosen preferred, %": 100 * (chosen > rejected).mean(),
-                "margin": (chosen - rejected).mean(), "reward of the chosen": chosen.mean(),
-                "reward of the rejected": rejected.mean(),
-                f"chosen answer given, sampled at {BOLD}, %": 100 * np.mean(same),
-                "tokens an answer, sampled": np.mean([len(ids) for _, ids in said])}
+        if not kept:
+            return {}
+        tokens = sum(trained[1:].sum() for _, trained in kept)
+        return {"loss of held-out answers": -log_probs_of(losses, params, kept, T).sum() / tokens}
 
-    objective = functools.partial(dpo_loss, model=model, beta=cfg.beta, anchor=cfg.anchor)
-    return objective, batch_at, validate, measure, cfg.batch_size
+    return functools.partial(gpt.loss, cfg=cfg), batch_at, validate, measure
+
+
+# ---------------------------------------------------------------- DPO
+
+
+def dpo_loss(params, batch, key, cfg, anchor=1.0):
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w
+    (n, 2, T), the chosen answer first, and the log-probabilities (n, 2) that the model before
+    training, the reference, gave them.
+
+    `anchor` times the loss per token of the chosen answer is added: its probability would otherwise
+    fall along with that of the rejected one (arXiv 2404.19733)."""
+    x, y, w, reference = batch
+    n, _, T = x.shape
+    losses = gpt.token_losses(params, x.reshape(2 * n, T), y.reshape(2 * n, T), cfg)
+    logp = -(losses.reshape(n, 2, T) * w).sum(-1)
+    chosen, rejected = (cfg.beta * (logp - reference)).T
+    loss = -jax.nn.log_sigmoid(chosen - rejected) - anchor * logp[:, 0] / w[:, 0].sum(-1)
+    return loss.sum(), jnp.float32(n)
+
+
+def prefer(cfg, examples, held, tokenizer):
+    """Make chosen answers likelier than rejected ones: as imitate."""
+    T, losses = cfg.block_size, jax.jit(functools.partial(gpt.token_losses, cfg=cfg))
+    reference_params = gpt.load_checkpoint(cfg.init)[0]["params"]
+
+    def log_probs(params, pairs):
+        flat = [answer for pair in pairs for answer in pair]
+        return log_probs_of(losses, params, flat, T).reshape(-1, 2)
+
+    reference = np.float32(log_probs(reference_params, examples))
+
+    def batch_at(number):
+        some = held + epoch_order(len(examples) - held, cfg.batch_size, cfg.seed, number)
+        rows = [[shift(*answer, T) for answer in examples[i]] for i in some]
+        x, y, w = np.array(rows).transpose(2, 0, 1, 3)
+        return x, y, np.float32(w), reference[some]
+
+    def measure(params):
+        if not held:
+            return {}
+        chosen, rejected = (cfg.beta * (log_probs(params, examples[:held]) - reference[:held])).T
+        return {"DPO loss, held out": np.logaddexp(0, rejected - chosen).mean(),
+                "chosen preferred, %": 100 * (chosen > rejected).mean(),
+                "reward of the chosen": chosen.mean(), "reward of the rejected": rejected.mean()}
+
+    def validate(params):
+        return measure(params).get("DPO loss, held out", ""), ""
+
+    return functools.partial(dpo_loss, cfg=cfg), batch_at, validate, measure
+
+
+def built_in_preferences(cfg, tokenizer, n=300):
+    """Examples from the built-in questions: where the answer is known it is chosen and "I do not
+    know that." rejected; where it is not, that is chosen and what the model makes up rejected."""
+    params = gpt.load_checkpoint(cfg.init)[0]["params"]
+    questions = [messages for [messages], *_ in conversations(f"{cfg.data_dir}/qa.jsonl", {})]
+    order = np.random.default_rng(cfg.seed).permutation(len(questions))
+    questions = [questions[i] for i in order if len(questions[i]) == 2]
+    known = [m for m in questions if m[1][1] != DONT_KNOW][:n]
+    unknown = [m for m in questions if m[1][1] == DONT_KNOW][:n]
+    prompts = [render(m[:1], tokenizer)[0] for m in unknown]
+    invented = answer_all(params, cfg, tokenizer, prompts, cfg.block_size // 2, temperature=1.2)
+    pairs = [(m, DONT_KNOW) for m in known] + list(zip(unknown, invented))
+    examples = []
+    for messages, rejected in pairs:
+        if rejected.strip() and rejected != messages[1][1]:
+            both = messages, [messages[0], ("assistant", rejected, True)]
+            examples.append([tuple(map(np.array, render(m, tokenizer))) for m in both])
+    return examples
 
 
 # ---------------------------------------------------------------- main
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(gpt.Training):
-    pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: the built-in ones", nargs="*",
-                         positional="pairs", metavar="PAIRS")
-    init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir, for DPO chat.npz", metavar="CKPT")
-    eval: str = setting("", "questions and answers to test with; without PAIRS nothing is trained", metavar="PAIRS")
+class Config(gpt.Config):
+    pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: the built-in ones",
+                         nargs="*", positional="pairs", metavar="PAIRS")
+    init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir, for DPO"
+                        " chat.npz", metavar="CKPT")
+    eval: str = setting("", "questions to test with; without PAIRS nothing is trained",
+                        metavar="PAIRS")
     show: int = setting(0, "print this many examples with what is trained, and stop")
     replay: float = setting(0.25, "part of the rows that is pretraining text", high=0.9)
-    dpo: str = setting(None, "preferences to train on; without a file: made from the model's own answers", nargs="?",
-                       const="", metavar="PREFERENCES")
+    dpo: str = setting(None, "preferences to train on; without a file: the corrections made in the"
+                       " chat, and built-in ones", nargs="?", const="", metavar="PREFERENCES")
     beta: float = setting(0.1, "DPO: how far the model may move from what it was")
-    anchor: float = setting(1.0, "DPO: weight of the plain loss on the chosen answer")
-    batch_size: int = setting(32, "rows in a micro-batch", low=1, high=1 << 20)
+    batch_size: int = setting(32, "rows in a micro-batch", low=1)
     max_steps: int = setting(600, "optimiser steps [with --dpo: 60]", low=1)
-    learning_rate: float = setting(2e-3, "at its peak, after warm-up; falls along a cosine to 5 % of it [--dpo: 3e-5]")
+    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-5]")
+
+
+def make_if_missing(path, script, flags=()):
+    """Run the main of the script that makes a default input, unless it is there and finished."""
+    name = pathlib.Path(script.__code__.co_filename).name
+    if not path.exists():
+        print(f"no {path} yet: running {name}")
+        return script(list(flags))
+    _, about, cfg, _ = gpt.load_checkpoint(path)
+    if about["step"] < cfg.max_steps:
+        print(f"{path} is unfinished: going on with {name}")
+        script([*flags, "--resume"])
+
+
+def read_test(path):
+    """Questions with their answers -> [(messages, record)]"""
+    odd = {}
+    test = [(messages, record) for [messages], record, _ in conversations(path, odd)]
+    report(odd)
+    if not test:
+        raise InputError(f"{path}: no question with an answer in it")
+    return test
 
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    out_dir, data_dir, dpo = pathlib.Path(cfg.out_dir), pathlib.Path(cfg.data_dir), cfg.dpo is not None
+    gpt.join(cfg)
+    gpt.check_device()
+    out_dir, data_dir, dpo = pathlib.Path(cfg.out_dir), cfg.data_dir, cfg.dpo is not None
+    path = out_dir / ("dpo.npz" if dpo else "chat.npz")
+    only_test = cfg.eval and not (dpo or cfg.pairs or cfg.resume)
     if dpo and cfg.pairs:
         raise InputError(f"{cfg.pairs[0]}: preferences go behind --dpo; PAIRS are for fine-tuning")
-    only_test = cfg.eval and not (dpo or cfg.pairs or cfg.resume)
-    path, log_path = out_dir / f"{'dpo' if dpo else 'chat'}.npz", out_dir / f"log_{'dpo' if dpo else 'sft'}.csv"
-    base, script = (out_dir / "chat.npz", main) if dpo or only_test else (out_dir / "base.npz", gpt.main)
-    if dpo:
+    for name in {*cfg.pairs, cfg.eval} - {"", "-"}:
+        read_test(name)  # what is wrong with it is told now, not after a pretraining
+    if not (cfg.init or cfg.resume):
+        start, script = (out_dir / "base.npz", gpt.main)
+        if dpo or only_test:
+            start, script = out_dir / "chat.npz", main
+        flags = [f"--{n}={getattr(cfg, n)}" for n in ("data_dir", "out_dir", "seed") if n in given]
+        make_if_missing(start, script, flags)
+        cfg = dataclasses.replace(cfg, init=str(start))
+    if dpo and not cfg.resume:
         unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
-    if not (cfg.init or cfg.resume):
-        for name in {*cfg.pairs, cfg.eval, cfg.dpo} - {"", None, "-"}:
-            read_records(name)  # what is wrong with it is told now, not after a pretraining
-        inherited = [f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "out_dir", "seed") if name in given]
-        gpt.make_if_missing(base, script, inherited)
-        cfg = dataclasses.replace(cfg, init=str(base))
-    if dpo and not cfg.resume and pathlib.Path(cfg.init) == path:
-        raise InputError(f"--init {path}: would be overwritten, but DPO compares with it to the end; rename it first")
-    if not (cfg.resume or cfg.pairs or cfg.dpo or cfg.eval or (data_dir / "qa.jsonl").exists()):
-        raise InputError(f"{data_dir}: no questions, only the built-in corpus has some: python sft.py PAIRS takes your"
-                         " own, python chat.py out/base.npz continues a text")
-    state, about, model, tokenizer = gpt.load_checkpoint(path if cfg.resume else cfg.init)
-    if cfg.resume:
-        cfg = gpt.resume_config(cfg, given if cfg.dpo else given - {"dpo"}, about["config"], path)
+    start = path if cfg.resume else cfg.init
+    state, about, _, tokenizer = gpt.load_checkpoint(start, gpt.PARTS if cfg.resume else gpt.PARTS[:1])
+    cfg = gpt.inherit(cfg, given - {"dpo"} if cfg.dpo == "" else given, about, start)
     test = []
     if cfg.eval or not (cfg.pairs or cfg.dpo):
-        test = read_records(cfg.eval or data_dir / "qa_test.jsonl")
-        test = [dict(record, turns=turns_of(record, source)) for record, source in test]
-    if dpo:  # answers about B alone show whether knowledge is kept
-        test = [r for r in test if str(r.get("set", "B")).startswith("B")]
+        test = read_test(cfg.eval or f"{data_dir}/qa_test.jsonl")
     if only_test:
-        grade(state["params"], model, tokenizer, test, pathlib.Path(cfg.init).name)
-        return table(test, [pathlib.Path(cfg.init).name])
-    if dpo:
-        records = read_records(cfg.dpo) if cfg.dpo else own_preferences(cfg)
-        examples = read_examples(records, tokenizer, model.block_size, ["chosen", "rejected"])
+        grade(state["params"], cfg, tokenizer, test, "now")
+        return table(test, ["now"])
+    if cfg.dpo == "":
+        examples = built_in_preferences(cfg, tokenizer)
+    elif dpo:
+        examples = read_examples([cfg.dpo], tokenizer, cfg.block_size, PREFERENCE)
     else:
-        records = [record for name in cfg.pairs or [data_dir / "qa.jsonl"] for record in read_records(name)]
-        examples = read_examples(records, tokenizer, model.block_size)
+        pairs = cfg.pairs or [f"{data_dir}/qa.jsonl"]
+        examples = read_examples(pairs, tokenizer, cfg.block_size)
     if cfg.show:
-        return print("\n".join(show(*turns, tokenizer) for example in examples[:cfg.show] for turns in example))
-    rows = np.array([[shift(*turns, model.block_size) for turns in example] for example in examples])
-    held = max(1, len(rows) // 10) if dpo else len(rows) // 20 * bool(cfg.pairs)  # a part is kept to measure with
-    if held == len(rows):
-        raise InputError(f"{cfg.dpo or cfg.init}: one preference is held out, so two are needed")
-    objective, batch_at, validate, measure, per_batch = (prefer if dpo else imitate)(cfg, rows, held, model, tokenizer)
-    print(f"{len(rows)} examples, {held} of them held out, {rows[held:, :, 2].sum()} trained tokens,"
-          f" {(len(rows) - held) / per_batch / cfg.grad_accum:.0f} steps an epoch")
+        return print("\n".join(show(*a, tokenizer) for e in examples[:cfg.show] for a in e))
+    held = len(examples) // (10 if dpo else 20) if cfg.pairs or dpo else 0
+    objective, batch_at, validate, measure = (prefer if dpo else imitate)(cfg, examples, held, tokenizer)
+    tokens = sum(trained.sum() for example in examples for _, trained in example)
+    print(f"{len(examples)} examples, {held} of them held out, {tokens} trained tokens")
+    data = zlib.crc32(b"".join(ids.tobytes() for example in examples for ids, _ in example))
     if not cfg.resume:
-        if test:
-            grade(state["params"], model, tokenizer, test, "before")
-        if about["kind"] == "base" and not dpo:  # the roles' ids were reserved but never seen: start amid the others
-            noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, model.n_embd))
-            state["params"]["wte"][[USER, ASSISTANT]] = state["params"]["wte"].mean(0) + noise
-        before = {name: float(value) for name, value in measure(state["params"]).items()} if held else {}
-        state, about = gpt.new_state(state["params"]), dict(about, kind="chat", step=0, seconds=0.0, before=before)
-    state = gpt.train(cfg, state, about, objective, batch_at, validate, path, log_path, lambda params: None)
-    if held:
-        print(f"{'':<44}{'before':>10}{'after':>10}")
-        for name, value in measure(state["params"]).items():
-            print(f"{name:<44}{about['before'][name]:>10.3f}{value:>10.3f}")
+        params = state["params"]
+        if dpo and test:
+            grade(params, cfg, tokenizer, test, "before")
+        before = {name: float(value) for name, value in measure(params).items()}
+        base = about.get("base", zlib.crc32(params["wte"]))
+        if about["kind"] == "base":  # the roles' ids were reserved, never seen: begin amid others
+            noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, cfg.n_embd))
+            params["wte"][[USER, ASSISTANT]] = params["wte"].mean(0) + noise
+        state, about = gpt.new_state(params), {
+            "kind": "chat", "tokenizer": about["tokenizer"], "step": 0, "seconds": 0.0, "log": [],
+            "base": base, "data": data, "before": before}
+    elif about["data"] != data:
+        raise InputError(f"{path}: was begun with other examples than those there are now; start"
+                         " afresh without --resume")
+    state = gpt.train(cfg, state, about, objective, batch_at, validate, path)
+    for name, value in measure(state["params"]).items():
+        print(f"{name}: {about['before'][name]:.3f} -> {value:.3f}")
     if test:
-        ended = grade(state["params"], model, tokenizer, test, "after")
-        table(test, ["after"] if cfg.resume else ["before", "after"])
-        print(f"{100 * ended:.1f} % of the answers end by themselves")
+        grade(state["params"], cfg, tokenizer, test, "after")
+        table(test, ["before", "after"] if dpo and not cfg.resume else ["after"])
     print(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 
