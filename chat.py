@@ -1,139 +1,211 @@
 """Talk to the model: it answers with a chat checkpoint and continues the text with a base checkpoint.
 
-    python chat.py                            # from nothing: makes data, base and chat model first, 2 to 5 minutes
+    python chat.py                       # from nothing: makes data, base and chat model first
     python chat.py out/base.npz --prompt "The capital of France"
-    echo "What is the capital of France?" | python chat.py      # one answer a line
+    echo "What is the capital of France?" | python chat.py    # one answer a line
 
-At the prompt: /help, /reset, /probs, /quit, and each setting by its name, such as /temperature 0.7. Ctrl-C stops an
-answer.
+At the prompt: /help, /reset, /probs, /better TEXT, /quit, and each setting by its name, such as
+/temperature 0.7. Ctrl-C stops an answer, Ctrl-D ends.
 """
 import contextlib
 import dataclasses
+import json
 import pathlib
+import re
+import select
 import sys
+import zlib
 
 import gpt
 import numpy as np
 import sft
-from prepare import END, SPECIAL, InputError, printable, read_flags, run, setting
+from prepare import END, SPECIAL, InputError, printable, read_flags, run, setting, whole_file
+
+HELP = """/reset forgets the conversation, /probs shows how sure the last answer was, /better TEXT
+says what it should have been, /quit or Ctrl-D ends; Ctrl-C stops an answer. Settings:"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint", metavar="CKPT")
-    prompt: str = setting("", "answer or continue this text and stop", metavar="TEXT")
+    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint",
+                              metavar="CKPT")
+    prompt: str = setting(None, "answer or continue this text and stop", metavar="TEXT")
     temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained"
                                  " [0 to answer, 0.8 to continue]", high=100.0)
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 means all")
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together have this probability", high=1.0)
-    repetition_penalty: float = setting(1.0, "above 1 makes tokens that were there less likely", low=0.01, high=100.0)
-    max_new_tokens: int = setting(200, "longest answer", low=1, high=1 << 20)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that together have this"
+                           " probability", high=1.0)
+    repetition_penalty: float = setting(1.0, "above 1 makes tokens that were there less likely",
+                                        low=0.01, high=100.0)
+    max_new_tokens: int = setting(200, "longest answer", low=1)
     seed: int = setting(0, "of the sampling", high=2**32 - 1)
 
 
-def prompt_ids(turns, tokenizer, block_size, room=24):
-    """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole, until `room` tokens
-    for the answer are left in the context."""
-    ids, _ = sft.render(turns, tokenizer)
-    while len(ids) + room > block_size and len(turns) > 1:
-        turns = turns[2:]
-        ids, _ = sft.render(turns, tokenizer)
+def prompt_ids(messages, tokenizer, block_size, room=24):
+    """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole,
+    until `room` tokens for the answer are left in the context."""
+    ids, _ = sft.render(messages, tokenizer)
+    if len(ids) + room > block_size and len(messages) > 1:
+        return prompt_ids(messages[2:], tokenizer, block_size, room)
     if len(ids) > block_size:
-        raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}; ask a shorter one")
+        raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size};"
+                         " ask a shorter one")
     return ids
 
 
-def show_probabilities(seen, tokenizer):
-    """One line a token: its probability as a bar, and the token that came second."""
-    name = lambda id: SPECIAL[id] if id < len(SPECIAL) else printable(tokenizer.decode([id])).replace("\n", "\\n")
-    for id, p, second, q in seen:
-        print(f"{name(id):<16} {100 * p:5.1f} % {'#' * round(20 * p):<20}  second: {name(second)} {100 * q:.1f} %")
+class Talk:
+    """A model, the settings of the sampling, and the conversation so far."""
+
+    def __init__(self, path, cfg):
+        state, about, self.model, self.tokenizer = gpt.load_checkpoint(path)
+        self.params, self.answers = state["params"], about["kind"] == "chat"
+        self.generate, self.messages, self.seen = gpt.make_generator(self.model), [], []
+        self.set(cfg)
+        self.feedback, base = path.with_name("feedback.jsonl"), path.with_name("base.npz")
+        if self.answers and base.exists():
+            wte = gpt.load_checkpoint(base)[0]["params"]["wte"]
+            if zlib.crc32(wte) != about["base"]:
+                print(f"{path} was made from another base than {base} is now; python sft.py makes"
+                      " a new one", file=sys.stderr)
+
+    def set(self, cfg):
+        """New settings; the same seed again, so that answers before and after can be compared."""
+        if cfg.temperature is None:
+            cfg = dataclasses.replace(cfg, temperature=0.0 if self.answers else 0.8)
+        self.cfg, self.rng = cfg, np.random.default_rng(cfg.seed)
+
+    def choose(self, row, logits, history):
+        c = self.cfg
+        id = gpt.sample(logits, history, self.rng, c.temperature, c.top_k, c.top_p,
+                        c.repetition_penalty)
+        p = np.exp(logits - logits.max())
+        self.seen.append((id, p / p.sum()))
+        return id
+
+    def reply(self, text):
+        """Pieces of text as they are made, never half a character. A base model continues the
+        text; a chat model answers, and what it said becomes part of the conversation."""
+        self.seen.clear()
+        messages = [*self.messages, ("user", text, False)]
+        if self.answers:
+            ids = prompt_ids(messages, self.tokenizer, self.model.block_size)
+        else:
+            ids = [END, *self.tokenizer.encode(text)]
+            yield text
+        steps = self.generate(self.params, [ids], self.choose, self.cfg.max_new_tokens)
+        said = ""
+        try:
+            for piece in self.tokenizer.stream(step[0] for step in steps):
+                piece = piece if said or not self.answers else piece.removeprefix(" ")
+                said += piece
+                yield piece
+        finally:  # also when Ctrl-C stops the answer
+            if self.answers and said:
+                self.messages = [*messages, ("assistant", said, True)]
+
+    def show_probabilities(self):
+        """A line for each token of the last answer: its probability, and what came second."""
+        def name(id):
+            return SPECIAL[id] if id < len(SPECIAL) else printable(self.tokenizer.decode([id]))
+
+        for id, p in self.seen:
+            second = np.where(np.arange(len(p)) == id, 0, p).argmax()
+            print(f"{name(id)!r:<18}{100 * p[id]:6.1f} % {'#' * round(20 * p[id]):<20}  second:"
+                  f" {name(second)!r} {100 * p[second]:.1f} %")
+
+    def correct(self, text):
+        """/better: add what the last answer should have been to feedback.jsonl, whole or not at
+        all, in the format of trl's preferences."""
+        if not (self.messages and text):
+            raise InputError("/better TEXT says what the last answer should have been")
+        turns = [{"role": role, "content": said} for role, said, _ in self.messages]
+        line = {"prompt": turns[:-1], "chosen": [{"role": "assistant", "content": text}],
+                "rejected": turns[-1:]}
+        old = self.feedback.read_bytes() if self.feedback.exists() else b""
+        with whole_file(self.feedback) as file:
+            file.write(old + json.dumps(line).encode() + b"\n")
+        print(f"{self.feedback}: {old.count(10) + 1} correction(s); to learn from them:"
+              " python sft.py --dpo, then python chat.py out/dpo.npz")
+
+
+def command(talk, line):
+    """/name value: a command, or a setting and its new value."""
+    name, _, value = line[1:].partition(" ")
+    if name == "reset":
+        talk.messages = []
+    elif name == "probs":
+        talk.show_probabilities()
+    elif name == "better":
+        talk.correct(value.strip())
+    elif name == "help":
+        print(HELP)
+        for f in dataclasses.fields(talk.cfg)[2:]:  # not the checkpoint, not the prompt
+            print(f"/{f.name} {getattr(talk.cfg, f.name)}  ({f.metadata['help']})")
+    else:
+        changed, given = read_flags(Config, [f"--{name}", value.strip()], __doc__)
+        talk.set(dataclasses.replace(talk.cfg, **{name: getattr(changed, name) for name in given}))
+
+
+def questions():
+    """What is typed at the prompt. Lines that arrive together, pasted, are one question, except for
+    commands. Ctrl-C gives a new prompt, Ctrl-D ends."""
+    ended = False
+    while not ended:
+        text = ""
+        try:
+            text = input("> ")
+            with contextlib.suppress(OSError):  # Windows cannot tell what has arrived
+                while select.select([sys.stdin], [], [], 0.02)[0]:
+                    text += "\n" + input()
+        except (KeyboardInterrupt, EOFError) as e:
+            ended = isinstance(e, EOFError)
+            print()
+        for part in re.findall(r"^/.*|(?:^[^/].*\n?)+", text, re.M):
+            yield part.strip()
+
+
+def answer_lines(talk):
+    """Piped input: one answer a line, even where it is an error, and nothing else."""
+    for number, line in enumerate(sys.stdin, 1):
+        talk.messages, answer = [], ""
+        if "\ufffd" in line:
+            print(f"standard input:{number}: not all of it is UTF-8", file=sys.stderr)
+        try:
+            answer = "".join(talk.reply(line.strip()))
+        except InputError as e:
+            print(f"error: standard input:{number}: {e}", file=sys.stderr)
+        print(printable(answer).replace("\n", " "), flush=True)
 
 
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
+    gpt.check_device()
     path = pathlib.Path(cfg.checkpoint or "out/chat.npz")
     if not cfg.checkpoint:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only
-            gpt.make_if_missing(path, sft.main)
-    state, about, model, tokenizer = gpt.load_checkpoint(path)
-    generate, rng, answers = gpt.make_generator(model), np.random.default_rng(cfg.seed), about["kind"] == "chat"
-    if cfg.temperature is None:
-        cfg = dataclasses.replace(cfg, temperature=0.0 if answers else 0.8)
-    seen = []  # of the last answer, for each token: itself, its probability, the likeliest other, its probability
-
-    def choose(_, logits, history):
-        id = gpt.sample(logits, history, rng, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty)
-        p = np.exp(logits - logits.max())
-        p /= p.sum()
-        others = np.where(np.arange(len(p)) == id, -1, p)
-        seen.append((id, p[id], others.argmax(), others.max()))
-        return id
-
-    def reply(turns):
-        """The conversation so far -> pieces of text as they are made, never half a character, nothing that steers a
-        terminal. A base model gets the last turn only and continues it."""
-        seen.clear()
-        ids = prompt_ids(turns, tokenizer, model.block_size) if answers else [END, *tokenizer.encode(turns[-1])]
-        steps = generate(state["params"], [ids], choose, cfg.max_new_tokens)
-        pieces = map(printable, tokenizer.stream(step[0] for step in steps))
-        if answers:
-            yield next(pieces, "").removeprefix(" ")
-        else:
-            yield printable(turns[-1])
-        yield from pieces
-
-    if cfg.prompt:
-        return print("".join(reply([cfg.prompt])))
+            sft.make_if_missing(path, sft.main)
+    talk = Talk(path, cfg)
+    if cfg.prompt is not None:
+        return print(printable("".join(talk.reply(cfg.prompt))))
     if not sys.stdin.isatty():
-        for number, line in enumerate(sys.stdin, 1):
-            answer = ""  # even for an error one line for each line
-            try:
-                answer = "".join(reply([line.strip()])).replace("\n", " ")
-            except InputError as e:
-                print(f"error: standard input:{number}: {e}", file=sys.stderr)
-            print(answer, flush=True)
-        return
-
+        return answer_lines(talk)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history at the prompt
-    print(f"{path}: {'ask a question' if answers else 'begin a text'}; /help for help")
-    turns = []
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        command, _, value = line.partition(" ")
-        if command == "/quit":
+    print(f"{path}: {'ask a question' if talk.answers else 'begin a text'}; /help for help")
+    for line in questions():
+        if line == "/quit":
             return
-        if command == "/reset":
-            turns = []
-        elif command == "/probs":
-            show_probabilities(seen, tokenizer)
-        elif command == "/help":
-            print("/reset forgets the conversation, /probs shows how sure the last answer was, /quit or Ctrl-D ends;"
-                  " Ctrl-C stops an answer. Settings:")
-            for f in dataclasses.fields(cfg)[2:]:  # not the checkpoint, not the prompt
-                print(f"/{f.name} {getattr(cfg, f.name)}  ({f.metadata['help']})")
-        elif line.startswith("/"):
-            try:
-                changed, given = read_flags(Config, [f"--{command[1:]}", value.strip()], __doc__)
-                cfg = dataclasses.replace(cfg, **{name: getattr(changed, name) for name in given})
-                rng = np.random.default_rng(cfg.seed)  # so that answers before and after can be compared
-            except InputError as e:
-                print(str(e).replace("--help", "/help").replace("--", "/"))
-        elif line:
-            said = ""
-            try:
-                for piece in reply([*turns, line]):
-                    said += piece
-                    print(piece, end="", flush=True)
-            except (InputError, KeyboardInterrupt) as e:
-                print(e, end="")
-            print()
-            if said:
-                turns += [line, said]
+        try:
+            if line.startswith("/"):
+                command(talk, line)
+                continue
+            for piece in talk.reply(line):
+                print(printable(piece), end="", flush=True)
+        except InputError as e:
+            print(str(e).replace("--help", "/help").replace("--", "/"), end="")
+        except KeyboardInterrupt:
+            pass  # the answer ends here
+        print()
 
 
 if __name__ == "__main__":
