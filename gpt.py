@@ -1,6 +1,6 @@
 """A GPT in pure JAX: parameters, layers, loss, Adam, training loop, generation.
 
-    python gpt.py                  # trains on data/ (the built-in corpus if it is empty): out/base.npz
+    python gpt.py                  # trains on data/ (made if missing), writes out/base.npz
     python gpt.py --n_layer 6 --learning_rate 2e-3
     python gpt.py --resume         # goes on after Ctrl-C or a power cut
 
@@ -9,18 +9,19 @@ generation, checkpoints, the training loop, main. Three ideas carry it: one atte
 written for one sequence and jax.vmap makes all heads of all sequences of it; jax.grad derives the
 backward pass; jax.jit compiles. In the shapes of arrays
 
-    B batch   T time (tokens)   S time of keys and values   C width   H heads   D = C / H   V vocabulary
+    B batch   T time (tokens)   S time of keys and values   V vocabulary
+    C width   H heads   D = C / H
 """
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
-
-import numpy as np
 
 import prepare
 from prepare import CORES, END, InputError, Tokenizer, printable, read_flags, run, setting
@@ -35,6 +36,7 @@ os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -95,7 +97,7 @@ def on_metal():
 def fast_dtype():
     """bfloat16 on a CPU that multiplies it natively, as Linux tells. Process 0 decides for all."""
     cpu = pathlib.Path("/proc/cpuinfo")
-    native = device().platform == "cpu" and cpu.exists() and "avx512_bf16" in cpu.read_text()
+    native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
     native = native and jax.__version_info__ >= (0, 10)
     return "bfloat16" if broadcast_one_to_all(np.int32(native)) else "float32"
 
@@ -142,7 +144,7 @@ def lookup(table, ids):
 
 def matmul(x, w, cfg, axis=0):
     """x (..., M) times a weight matrix w (M, N), or with axis=1 (N, M) -> (..., N)."""
-    if cfg.dtype == "bfloat16":
+    if cfg.dtype == "bfloat16" and not on_metal():
         return rounded_matmul(x, w, axis)
     return jnp.tensordot(x, w, (-1, axis))
 
@@ -155,12 +157,12 @@ def norm(x, gain):
 def rotate(x, position, cfg):
     """Rotary positions (arXiv 2104.09864): x (B, H, T, D), position (B or 1, T) -> like x.
 
-    The first and the second half of the D numbers make D/2 pairs; each pair is turned by an angle
-    that grows with the position: by 1, 0.1, 0.01, ... for D = 8 and each step to the right."""
+    Number i and number i + D/2 make a pair, which is turned by the angle position / 10000^(2i/D):
+    the first pair by 1 for each position, the last by hardly anything."""
     half = x.shape[-1] // 2
     angle = np.arange(cfg.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
-    cos = lookup(np.float32(np.cos(angle)), position)[:, None]  # (B or 1, 1, T, D/2)
-    sin = lookup(np.float32(np.sin(angle)), position)[:, None]
+    table = np.float32(np.concatenate([np.cos(angle), np.sin(angle)], axis=1))
+    cos, sin = jnp.split(lookup(table, position)[:, None], 2, axis=-1)  # (B or 1, 1, T, D/2)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
@@ -300,7 +302,7 @@ def learning_rate(step, cfg):
     warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.max_steps
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
-    part = min(1.0, (step - warmup) / max(1.0, cfg.max_steps - warmup))
+    part = (step - warmup) / max(1.0, cfg.max_steps - warmup)
     return cfg.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * part)))
 
 
@@ -398,15 +400,12 @@ def make_step(objective, batch_at, cfg, home):
 def load_tokens(path, tokenizer, at_least):
     """Memory-mapped ids of train.bin or val.bin, checked."""
     size = path.stat().st_size
-    if size % 2:
-        raise InputError(f"{path}: damaged (odd length); run prepare.py again")
     if size < 2 * at_least:
         raise InputError(f"{path}: {size // 2} tokens, {at_least} needed;"
                          " use more text or a smaller --block_size")
-    ids = np.memmap(path, "<u2", "r")
-    if ids.max() >= tokenizer.size:
-        raise InputError(f"{path}: ids beyond the vocabulary of {tokenizer.size};"
-                         " run prepare.py again")
+    ids = np.memmap(path, "<u2", "r", shape=size // 2)
+    if size % 2 or ids.max() >= tokenizer.size:
+        raise InputError(f"{path}: damaged, or of another vocabulary; run prepare.py again")
     return ids
 
 
@@ -469,8 +468,8 @@ def make_generator(cfg):
     """-> generate(params, prompts, choose, max_new_tokens), compiled once for prompts of any length.
 
     prompts: lists of ids; choose(row, logits (V,), ids in the context) -> id. Yields after each
-    step the list of new ids, None for a row that has said END. A row that fills the context goes
-    on from its last half."""
+    step the list of new ids, None for a row that said END before. A row that fills the context
+    goes on from its last half."""
     T = cfg.block_size
     # Rounding all weights to bfloat16 for the sake of one token takes longer than it saves.
     cfg = dataclasses.replace(cfg, dtype="float32")
@@ -479,34 +478,31 @@ def make_generator(cfg):
     def after(params, tokens, at, cache):
         """Padded tokens (B, T), or with a cache the newest alone (B, 1) -> logits (B, V) of what
         follows position at (B,), and the cache."""
-        if cache is None:
-            x, cache = forward(params, tokens, cfg)
-            x = (x * jax.nn.one_hot(at, T)[..., None]).sum(1)
-        else:
-            x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
-            x = x[:, 0]
-        return logits_of(params, x, cfg), cache
+        last = at if cache is None else 0 * at
+        x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
+        x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]
+        return logits_of(params, x.sum(1), cfg), cache
 
     def generate(params, prompts, choose, max_new_tokens):
-        rows, alive, cache = [list(p[-T:]) for p in prompts], [True] * len(prompts), None
+        rows, alive, cache = [list(p[-T:]) for p in prompts], set(range(len(prompts))), None
         whole, split = placements(len(rows), jax.local_devices(backend=device().platform))
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
-            if any(len(row) > T for row in rows):
-                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
-                cache = None
-            at = np.array([len(row) - 1 for row in rows], np.int32)
             tokens = [row[-1:] for row in rows]
-            if cache is None:
-                tokens = [row + [END] * (T - len(row)) for row in rows]
+            if cache is None or max(map(len, rows)) > T:
+                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
+                tokens, cache = [row + [END] * (T - len(row)) for row in rows], None
+            at = np.array([len(row) - 1 for row in rows], np.int32)
             tokens = put(np.array(tokens, np.int32), split)
             logits, cache = after(params, tokens, put(at, split), cache)
-            new = [choose(i, row, rows[i]) if alive[i] else None
-                   for i, row in enumerate(np.asarray(logits))]
-            alive = [id not in (None, END) for id in new]
-            rows = [row + [id] if goes_on else row for row, id, goes_on in zip(rows, new, alive)]
+            new, logits = [None] * len(rows), np.asarray(logits)
+            for i in sorted(alive):
+                new[i] = choose(i, logits[i], rows[i])
+                rows[i] = rows[i] + [new[i]]
+                if new[i] == END:
+                    alive.remove(i)
             yield new
-            if not any(alive):
+            if not alive:
                 return
 
     return generate
@@ -518,8 +514,7 @@ def make_generator(cfg):
 def named_leaves(tree):
     """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}"""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(str(getattr(k, "key", getattr(k, "idx", ""))) for k in path): leaf
-            for path, leaf in leaves}
+    return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf for path, leaf in leaves}
 
 
 def save_checkpoint(path, state, about, keep=False):
@@ -542,8 +537,6 @@ def load_checkpoint(path, parts=PARTS[:1]):
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             config = about["config"]
-            if on_metal():
-                config["dtype"] = "float32"
             known = {f.name for f in dataclasses.fields(Config)} & config.keys()
             cfg = Config(**{name: config[name] for name in known})
             state = {part: init_params(cfg) for part in parts}
@@ -552,11 +545,9 @@ def load_checkpoint(path, parts=PARTS[:1]):
             if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
                 raise ValueError(f"{name} is not a finite {like.dtype} array of shape {like.shape}")
         tokenizer = Tokenizer.from_json(about["tokenizer"], path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
     except Exception as e:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: not a whole checkpoint ({printable(str(e))[:99]}); take an"
-                         " earlier one, such as *.prev.npz") from None
+        raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); take an earlier"
+                         " one, such as *.prev.npz") from None
     return jax.tree.unflatten(jax.tree.structure(state), found), about, cfg, tokenizer
 
 
@@ -575,23 +566,6 @@ def inherit(cfg, given, about, path):
 
 # ---------------------------------------------------------------- training loop
 
-
-def fit_to_time(cfg, times, began, validate):
-    """--minutes: the settings with as many steps as fit. times: the seconds of the steps so far;
-    every eval_every steps there is a validation too."""
-    seconds = np.median(times[1:] or times)
-    if cfg.eval_every:
-        validate()  # compiles
-        started = time.time()
-        validate()
-        seconds += (time.time() - started) / cfg.eval_every
-    left = began + 60 * cfg.minutes - time.time()
-    steps = len(times) + max(1, int(left / seconds))
-    steps = int(broadcast_one_to_all(np.int32(steps)))  # process 0 decides
-    print(f"{1000 * seconds:.0f} ms a step: {steps} steps in {cfg.minutes:g} minutes")
-    return dataclasses.replace(cfg, max_steps=steps)
-
-
 LOGS = {"base": "log.csv", "chat": "log_sft.csv", "dpo": "log_dpo.csv"}
 
 
@@ -600,9 +574,8 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
     batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
     done, rows, times, began = about["step"], about["log"], [], time.time() - about["seconds"]
-    chief, log_path = jax.process_index() == 0, path.with_name(LOGS[path.stem])
-    best, lowest = path.with_name("best.npz"), about.get("best", math.inf)
-    home = homes(state, cfg)
+    chief, home = jax.process_index() == 0, homes(state, cfg)
+    log_path = path.with_name(LOGS[path.stem])
     step, state = make_step(objective, batch_at, cfg, home), jax.tree.map(put, state, home)
     gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
@@ -611,9 +584,11 @@ def train(cfg, state, about, objective, batch_at, validate, path):
         whole = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
         if chief:
             save_checkpoint(path, whole, about, keep)
+        return whole
 
-    with only_writer(path.parent, chief), wishes_to_stop() as stop:
-        save(path, keep=not done)  # a full disk fails now, with nothing touched
+    lock = only_writer(path.parent) if chief else contextlib.nullcontext()
+    with lock, wishes_to_stop() as stop:
+        whole = save(path, keep=not done)  # a full disk fails now, with nothing touched
         log = begin_log(log_path, rows) if chief else open(os.devnull, "a")
         while done < cfg.max_steps and not stop:
             started, rate = time.time(), learning_rate(done, cfg)
@@ -625,22 +600,23 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                                  " takes it; try a smaller --learning_rate")
             if jax.process_count() > 1 and process_allgather(np.array(bool(stop))).any():
                 stop.append(True)  # they all stop after the same step
-            if cfg.minutes and done == 10:
-                cfg = fit_to_time(cfg, times, began, lambda: validate(state["params"]))
+            if cfg.minutes and done == 10:  # the first step also compiled
+                left = 60 * cfg.minutes - (time.time() - began)
+                steps = max(11, 10 + int(left / np.median(times[1:])))
+                steps = int(broadcast_one_to_all(np.int32(steps)))  # process 0 decides
+                print(f"{steps} steps in {cfg.minutes:g} minutes")
+                cfg = dataclasses.replace(cfg, max_steps=steps)
                 save(path)
             last = bool(stop) or done == cfg.max_steps
             due = cfg.eval_every > 0 and (done % cfg.eval_every == 0 or done == cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")
-            if nats and path.stem == "base" and nats < lowest:
-                lowest = about["best"] = nats
-                save(best)
             if last or due or done == 1 or done % cfg.log_every == 0:
                 recent = (times[1:] or times)[-cfg.log_every:]  # without the one that compiled
                 speed = round(cfg.batch_size * cfg.grad_accum * cfg.block_size / np.mean(recent))
                 rows.append([done, value, nats, bits, rate, speed, time.time() - began])
                 print(*rows[-1], sep=",", file=log, flush=True)
                 if last or due:
-                    save(path)
+                    whole = save(path)
                 shown = f"validation {nats:.3f}  " if nats else ""
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
                               f" tokens/s  {clock((cfg.max_steps - done) * np.mean(recent))} left",
@@ -650,12 +626,11 @@ def train(cfg, state, about, objective, batch_at, validate, path):
         print(f"interrupted at step {done}, saved in {path}; go on with --resume")
         sys.exit(130)
     draw([row[1] for row in rows])
-    if nats and nats > lowest:
-        print(f"validation loss was lower before ({lowest:.3f}): the model begins to learn its text"
-              f" by heart; best checkpoint: {best} (more text, fewer steps or --dropout help)")
-    elif path.stem == "base":
-        best.unlink(missing_ok=True)  # the same as the last one
-    return jax.tree.map(np.asarray, gather(state))
+    losses = [row[2] for row in rows if row[2]]
+    if path.stem == "base" and losses and losses[-1] > min(losses):
+        print(f"validation loss was {min(losses):.3f} before: the model begins to learn its text by"
+              " heart; more text, fewer steps or --dropout help")
+    return whole
 
 
 # ---------------------------------------------------------------- main
@@ -680,12 +655,11 @@ def join(cfg):
 
 def small_gradient(where):
     """The gradient of a small model, computed on a device, as one array."""
-    cfg, rng = Config(n_layer=1, dtype="float32", vocab_size=11), np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
-    x, y = rng.integers(11, size=(2, 3, cfg.block_size)).astype(np.int32)
+    cfg, x = Config(n_layer=1, dtype="float32", vocab_size=64), np.arange(64)[None]
+    params = jax.tree.map(lambda p: p + 0.1, init_params(cfg, np.random.default_rng(0)))
     with jax.default_device(where):
-        gradient = jax.jit(jax.grad(lambda params: loss(params, (x, y, x / 9), None, cfg)[0]))
-        return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient(params))])
+        gradient = jax.jit(jax.grad(lambda params: loss(params, (x, x, x), None, cfg)[0]))(params)
+        return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
 
 
 def check_device():
@@ -703,19 +677,6 @@ def check_device():
         jax.config.update("jax_default_device", cpu)
 
 
-def refuse_what_cannot_be(cfg):
-    if cfg.n_embd % (2 * cfg.n_head):
-        raise InputError(f"--n_embd {cfg.n_embd}: must be a multiple of 2 x n_head ="
-                         f" {2 * cfg.n_head}")
-    if cfg.dtype == "bfloat16" and on_metal():
-        raise InputError("--dtype bfloat16: not on Metal; leave it out")
-    if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
-        raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the"
-                         f" {jax.device_count()} devices")
-    if cfg.shard_params and jax.device_count() == 1:
-        print("--shard_params: there is one device only, so nothing is split")
-
-
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     join(cfg)
@@ -723,33 +684,41 @@ def main(argv):
     path = pathlib.Path(cfg.out_dir, "base.npz")
     start = path if cfg.resume else cfg.init
     if start:
-        state, about, _, tokenizer = load_checkpoint(start, PARTS if cfg.resume else PARTS[:1])
+        state, about, *_ = load_checkpoint(start, PARTS if cfg.resume else PARTS[:1])
         cfg = inherit(cfg, given, about, start)
     data_dir = pathlib.Path(cfg.data_dir)
     if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main([])
-    data_tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
+    tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
+    if start and about["tokenizer"] != tokenizer.to_json():
+        raise InputError(f"{data_dir}: another vocabulary than that of {start}")
     if not start:
-        tokenizer = data_tokenizer
         dtype = fast_dtype() if cfg.dtype == "auto" else cfg.dtype
         cfg = dataclasses.replace(cfg, vocab_size=tokenizer.size, dtype=dtype)
-        state = {"params": init_params(cfg, np.random.default_rng(cfg.seed))}
-    refuse_what_cannot_be(cfg)
-    if tokenizer.merges != data_tokenizer.merges:
-        raise InputError(f"{data_dir}: another vocabulary than that of {start}")
+    if cfg.n_embd % (2 * cfg.n_head):
+        raise InputError(f"--n_embd {cfg.n_embd}: must be a multiple of 2 x n_head ="
+                         f" {2 * cfg.n_head}")
+    if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
+        raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the"
+                         f" {jax.device_count()} devices")
+    if cfg.shard_params and jax.device_count() == 1:
+        print("--shard_params: there is one device only, so nothing is split")
     ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
     batch_at = functools.partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
+    if not start:
+        state = {"params": init_params(cfg, np.random.default_rng(cfg.seed))}
+    if not cfg.resume:
+        state = new_state(state["params"])
+        about = {"kind": "base", "tokenizer": tokenizer.to_json(),
+                 "step": 0, "seconds": 0.0, "log": []}
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     tokens = cfg.batch_size * cfg.grad_accum * cfg.block_size
     print(f"{placements(cfg.batch_size)[0].mesh.size} {device().platform} device(s), {cfg.dtype},"
           f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
           f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
           f" {math.log(cfg.vocab_size):.3f}")
-    if not cfg.resume:
-        state = new_state(state["params"])
-        about = {"kind": "base", "tokenizer": tokenizer.to_json(), "step": 0, "seconds": 0.0, "log": []}
     state = train(cfg, state, about, functools.partial(loss, cfg=cfg), batch_at, validate, path)
     rng = np.random.default_rng(cfg.seed)
 
@@ -758,8 +727,8 @@ def main(argv):
 
     steps = make_generator(cfg)(state["params"], [[END]], choose, 2 * cfg.block_size)
     print(f"sample: {printable(tokenizer.decode(step[0] for step in steps))}\n")
-    print(f"checkpoint: {path}\nnext: python sft.py   (with your own questions: python sft.py PAIRS;"
-          f" to continue a text: python chat.py {path})")
+    print(f"checkpoint: {path}\nnext: python sft.py   (with your own questions: python sft.py"
+          f" PAIRS; to continue a text: python chat.py {path})")
 
 
 if __name__ == "__main__":

@@ -116,12 +116,12 @@ def train_bpe(words, vocab_size):
 
 
 class Tokenizer:
-    """Byte-level BPE. `encode` never returns a special id; `decode(encode(s)) == s` for every text s."""
+    """Byte-level BPE. encode never returns a special id; decode(encode(s)) == s for every text."""
 
     def __init__(self, merges):
         self.merges = [tuple(pair) for pair in merges]
         self.rank = {pair: FIRST_MERGE + i for i, pair in enumerate(self.merges)}
-        self.bytes = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]  # what each id stands for
+        self.bytes = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]  # what an id stands for
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
@@ -158,10 +158,9 @@ class Tokenizer:
 
     def to_json(self):
         """Readable: one merge a line, as the two ids and what they spell."""
-        rows = [json.dumps([a, b, spelled.decode("utf-8", "replace")], ensure_ascii=False)
-                for (a, b), spelled in zip(self.merges, self.bytes[FIRST_MERGE:])]
-        head = f'{{"type": "pygpt byte-level bpe", "special": {json.dumps(SPECIAL)}, "merges": [\n'
-        return head + ",\n".join(rows) + "\n]}\n"
+        spelled = [text.decode("utf-8", "replace") for text in self.bytes[FIRST_MERGE:]]
+        rows = [json.dumps([*pair, text]) for pair, text in zip(self.merges, spelled)]
+        return f'{{"special": {json.dumps(SPECIAL)}, "merges": [\n' + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
     def load(cls, path):
@@ -169,24 +168,22 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text, source):
-        """The reverse; raises InputError naming `source` when the text is not a tokenizer."""
+        """The reverse of to_json; source is named if the text is not a tokenizer."""
         try:
             data = json.loads(text)
-            merges = [(int(a), int(b)) for a, b, _ in data["merges"]]
             assert data["special"] == SPECIAL
-            assert all(FIRST_BYTE <= x < FIRST_MERGE + i for i, pair in enumerate(merges) for x in pair)
-        except (ValueError, TypeError, KeyError, AssertionError):
-            raise InputError(f"{source}: not a tokenizer written by prepare.py; run prepare.py again") from None
-        return cls(merges)
+            return cls([(a, b) for a, b, _ in data["merges"]])
+        except (ValueError, TypeError, LookupError, AssertionError):
+            raise InputError(f"{source}: not a tokenizer that prepare.py wrote; run it again") from None
 
 
 # ---------------------------------------------------------------- reading text
 
-PIECE = 1 << 18  # characters; text is encoded in pieces of about this size
+PIECE = 1 << 16  # characters; longer documents are encoded in pieces of about this size
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
-SUFFIXES = ("", ".txt", ".md", ".json", ".jsonl")  # in folders; without a suffix JSON lines only
-OURS = ("tokenizer.json", "qa.jsonl", "qa_test.jsonl", "feedback.jsonl")
+TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa.*\.jsonl|feedback\.jsonl)[^.].*\.(txt|md|jsonl?)"
+                       r"(\.gz|\.bz2)?", re.I)  # in a folder; not what our own programs write
 
 
 def why_not_text(head):
@@ -226,36 +223,30 @@ def read_lines(path, odd):
 
 
 def files_in(path):
-    """A file -> itself; a folder -> the text files in it and below, in order of their names,
-    without hidden ones, virtual environments and files of our own."""
-    if path == "-" or not os.path.isdir(path):
+    """A file -> itself; a folder -> the text files in it and below, in order of their names, without
+    hidden ones and virtual environments. A name without a suffix may hold JSON lines."""
+    os.stat(path if path != "-" else ".")  # what is missing is an error now, not later
+    if not os.path.isdir(path):
         return [path]
     found, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or "pyvenv.cfg" in names:  # a link may lead back
             folders.clear()
-        else:
-            found += [os.path.join(folder, name) for name in names if is_text(folder, name)]
-        folders[:] = [name for name in folders if not name.startswith(".")]
+            continue
         seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (pathlib.Path(folder, name) for name in names):
+            if TEXT_NAME.fullmatch(file.name) or "." not in file.name and begins_as_json(file):
+                found.append(str(file))
     if not found:
-        raise InputError(f"{path}: a folder without text files ({', '.join(SUFFIXES[1:])})")
+        raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
     return sorted(found)
 
 
-def is_text(folder, name):
-    """Whether a file in a folder that was given is likely meant, by its name."""
-    stem = re.sub(r"\.(gz|bz2)$", "", name.lower())
-    suffix = os.path.splitext(stem)[1]
-    if name.startswith(".") or stem.replace(".prev", "") in OURS or suffix not in SUFFIXES:
-        return False
-    if suffix:
-        return True
+def begins_as_json(file):
     with contextlib.suppress(InputError, OSError):
-        line, _ = next(read_lines(os.path.join(folder, name), {}))
-        return bool(JSON_BEGINS.match(line))
-    return False
+        return JSON_BEGINS.match(next(read_lines(file, {}))[0])
 
 
 def json_text(line):
@@ -281,64 +272,59 @@ def read_file(path, odd):
             count(odd, 'JSON lines without a "text"', source)
 
 
-def read_documents(files, max_bytes, odd):
+def read_documents(files, odd):
     """Files -> what read_file gives. A file that cannot be read is counted in `odd` and costs
     nothing but itself."""
-    size = 0
+    some = False
     for path in files:
-        before = size
+        begun = False
         try:
             for text, ends, source in read_file(path, odd):
-                if 0 < max_bytes <= size:
-                    break
-                size += len(text.encode("utf-8", "replace"))
+                some = begun = True
                 yield text, ends, source
             yield "", None, path
         except (InputError, OSError) as e:
-            if len(files) == 1 or size > before:
+            if begun or len(files) == 1:
                 raise
             count(odd, "files", e)
-    if not size:
+    if not some:
         raise InputError(f"{path}: no text in it; questions and answers are for sft.py")
 
 
-def in_groups(lines, odd):
-    """(text, whether its document ends there, where) -> lists of (text, ends) of some 100,000
-    characters, each a job for a worker. At the end of a file, ends is None. A document is cut only
-    before a line that begins with a letter: no token would cross that border."""
-    group, held, length, begun = [], [], 0, False
+def in_pieces(lines, odd):
+    """(text, whether its document ends there, where) -> (text, ends) with whole documents, or large
+    pieces of them. At the end of a file, ends is None. A document is cut only before a line that
+    begins with a letter: no token would cross that border."""
+    held, length, begun = [], 0, False
     for text, ends, source in lines:
-        if length >= PIECE and (not held or text[:1].isalpha() or length >= 64 * PIECE):
-            begun = bool(held)
-            yield group + [("".join(held), False)]
-            group, held, length = [], [], 0
+        if length >= PIECE and text[:1].isalpha() or length >= 256 * PIECE:
+            yield "".join(held), False
+            held, length, begun = [], 0, True
         held.append(text)
         length += len(text)
         if ends is not False:
             document = "".join(held)
-            if document.strip() or begun:
-                group.append((document, True))
+            if begun or document.strip():
+                yield document, True
             elif ends:
                 count(odd, "empty documents", source)
-            held, begun = [], False
-    if group:
-        yield group
+            held, length, begun = [], 0, False
 
 
 # ---------------------------------------------------------------- writing tokens
 
-def encode_group(group, tokenizer):
-    """Texts -> uint16 ids, each document closed by <|end|>."""
-    return np.array([i for text, ends in group for i in tokenizer.encode(text) + [END] * ends], "<u2")
+def encode_piece(piece, tokenizer):
+    """(text, whether a document ends there) -> uint16 ids, with <|end|> at the end."""
+    text, ends = piece
+    return np.array(tokenizer.encode(text) + [END] * ends, "<u2")
 
 
-def learn_tokenizer(groups, vocab_size):
-    """The beginning of a text -> a tokenizer, and the groups that were looked at."""
+def learn_tokenizer(pieces, vocab_size):
+    """The beginning of a text -> a tokenizer, and the pieces that were looked at."""
     first, words = [], Counter()
-    for group in groups:
-        first.append(group)
-        for text, _ in group:
-            words.update(WORD.findall(text))
+    for piece in pieces:
+        first.append(piece)
+        words.update(WORD.findall(piece[0]))
         if len(words) > 1 << 18:  # enough different ones; more would only take memory
             break
     if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is not learned
@@ -349,26 +335,24 @@ def learn_tokenizer(groups, vocab_size):
 
 
 def write_tokens(lines, vocab_size, val_fraction, out_dir, odd, expected=0):
-    """Lines of documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in
-    out_dir changes before all of it is written. expected: bytes, where known, for the time left."""
-    started, groups = time.time(), in_groups(lines, odd)
-    tokenizer, first = learn_tokenizer(groups, vocab_size)
-    encode = functools.partial(encode_group, tokenizer=tokenizer)
-    groups = itertools.chain(first, groups)
-    workers = Pool(CORES) if len(first) > 4 else contextlib.nullcontext()
+    """Documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in out_dir
+    changes before all of it is written. expected: bytes to come, where known, for the time left."""
+    started, pieces = time.time(), in_pieces(lines, odd)
+    tokenizer, first = learn_tokenizer(pieces, vocab_size)
+    pieces = itertools.chain(first, pieces)
+    encode = functools.partial(encode_piece, tokenizer=tokenizer)
     bytes_of = np.array([len(b) for b in tokenizer.bytes])
     size, n_bytes, ends = 0, 0, [np.array([], int)]
     out_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(out_dir / "train.bin") as train, workers as pool:
-        while some := list(itertools.islice(groups, 4 * CORES)):
-            for ids in pool.imap(encode, some) if pool else map(encode, some):
+    with whole_file(out_dir / "train.bin") as train, Pool(CORES) as pool:
+        while some := list(itertools.islice(pieces, 1024)):
+            for ids in pool.imap(encode, some, 1 + len(some) // 32):
                 ids.tofile(train)
                 ends.append(np.flatnonzero(ids == END) + size + 1)
                 size += len(ids)
                 n_bytes += bytes_of[ids].sum()
-            left = (time.time() - started) * (expected / n_bytes - 1)
-            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens"
-                          + (f"  {clock(left)} left" if left > 0 else ""))
+            left = max(0, (time.time() - started) * (expected / n_bytes - 1))
+            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {clock(left)} left")
         ends, cut = np.concatenate(ends), int(size * (1 - val_fraction))
         if len(ends) > 1:  # whole documents, at least one on each side
             cut = int(ends[np.searchsorted(ends[:-2], cut)])
@@ -382,6 +366,7 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, odd, expected=0):
     show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut}"
                   f" tokens ({n_bytes / size:.2f} bytes each), vocabulary {tokenizer.size},"
                   f" {time.time() - started:.1f} s", last=True)
+    report(odd)
 
 
 # ---------------------------------------------------------------- main
@@ -401,23 +386,13 @@ class Settings:
     vocab_size: int = setting(0, "tokens in the vocabulary; 0 fits it to the text", high=1 << 16)
     val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation",
                                   low=1e-6, high=0.9)
-    max_bytes: int = setting(0, "take only about so much from the beginning; 0 takes all",
-                             high=1e18)
     seed: int = setting(0, "divides the built-in corpus into A and B", high=2**32 - 1)
 
 
-def write_corpus(s, out_dir):
-    """The built-in corpus: its documents as tokens, its questions and answers as JSON lines."""
-    from data.world import built_in_corpus
-    documents, train, test = built_in_corpus(s.seed)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, records in [("qa.jsonl", train), ("qa_test.jsonl", test)]:
-        with whole_file(out_dir / name) as file:
-            for record in records:
-                file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
-    lines = ((document, True, "") for document in documents)
-    write_tokens(lines, s.vocab_size or 2048, s.val_fraction, out_dir, {})
-    print(f"{out_dir}: {len(train)} questions and answers to learn from, {len(test)} to test with")
+def write_questions(records, path):
+    with whole_file(path) as file:
+        for record in records:
+            file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
 
 
 def main(argv):
@@ -425,19 +400,24 @@ def main(argv):
     if 0 < s.vocab_size < FIRST_MERGE:
         raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes"
                          " and special tokens")
-    out_dir = pathlib.Path(s.out_dir)
+    out_dir, odd = pathlib.Path(s.out_dir), {}
+    questions = [out_dir / "qa.jsonl", out_dir / "qa_test.jsonl"]
     if s.inputs:
-        files, odd = [file for path in s.inputs for file in files_in(path)], {}
-        plain = not any(file == "-" or file.lower().endswith((".gz", ".bz2")) for file in files)
-        expected = s.max_bytes or (sum(map(os.path.getsize, files)) if plain else 0)
-        lines = read_documents(files, s.max_bytes, odd)
+        files = [file for path in s.inputs for file in files_in(path)]
+        expected = sum(os.path.getsize(file) for file in files if file != "-")
+        lines = read_documents(files, odd)
         write_tokens(lines, s.vocab_size, s.val_fraction, out_dir, odd, expected)
-        report(odd)
-        for name in ("qa", "qa_test"):  # questions about the built-in corpus do not fit this text
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(out_dir / f"{name}.jsonl", out_dir / f"{name}.prev.jsonl")
+        for path in questions:  # about the built-in corpus; they do not fit this text
+            if path.exists():
+                os.replace(path, path.with_name(f"{path.stem}.prev.jsonl"))
     else:
-        write_corpus(s, out_dir)
+        from data.world import built_in_corpus
+        documents, *records = built_in_corpus(s.seed)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for path, some in zip(questions, records):
+            write_questions(some, path)
+        lines = ((document, True, "") for document in documents)
+        write_tokens(lines, s.vocab_size or 2048, s.val_fraction, out_dir, odd)
     print("next: python gpt.py")
 
 
@@ -447,20 +427,15 @@ def main(argv):
 def available_cores():
     """Cores to compute on: on a Mac the fast ones (equal shares would wait for the slow ones), on
     Linux those that the process is bound to, but no more than a container may use."""
-    if sys.platform == "darwin":
-        with contextlib.suppress(OSError, ValueError):
-            fast = ["sysctl", "-n", "hw.perflevel0.logicalcpu"]  # an Intel Mac does not know it
-            return int(subprocess.run(fast, capture_output=True, text=True).stdout)
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup 2, 1
-        with contextlib.suppress(OSError, ValueError):
-            texts = [pathlib.Path("/sys/fs/cgroup", name).read_text() for name in names]
-            quota, period = map(int, " ".join(texts).split())
-            if quota > 0:
-                cores = min(cores, -(-quota // period))
-    return max(1, cores)
+    with contextlib.suppress(OSError, ValueError):
+        if sys.platform == "darwin":  # an Intel Mac does not know the name
+            return int(subprocess.check_output(["sysctl", "-n", "hw.perflevel0.logicalcpu"]))
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
 
 
 CORES = available_cores()
@@ -469,10 +444,10 @@ CORES = available_cores()
 def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "r+"))
-        with contextlib.suppress(AttributeError):  # a notebook's has no such method
-            getattr(sys, name).reconfigure(errors="replace")
+        stream = getattr(sys, name) or open(os.devnull, "r+")  # it may have been closed
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
@@ -486,9 +461,9 @@ def run(main, argv=None):
     except (NotImplementedError, RecursionError):  # mistakes in the program
         raise
     except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
-        problem = (f"{(str(e) or 'out of memory').splitlines()[0][:200]}; a smaller model or batch"
-                   " may fit, the versions of requirements.txt may work better, JAX_PLATFORMS=cpu"
-                   " uses the CPU")
+        problem = (f"{str(e)[:200]}: out of memory, or a device or another process failed; a"
+                   " smaller model or batch may fit, the versions of requirements.txt may work"
+                   " better, JAX_PLATFORMS=cpu uses the CPU, --resume goes on")
     with contextlib.suppress(OSError):  # a terminal may be gone
         print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
     sys.exit(2)
@@ -496,13 +471,14 @@ def run(main, argv=None):
 
 def read_flags(settings_class, argv, doc):
     """Command line -> (settings, the set of names that were given)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
     fields = {f.name: f for f in dataclasses.fields(settings_class) if f.metadata}
     for name, f in fields.items():
-        arg = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+        arg = {"action": "store_true"} if f.type is bool else {"type": f.type}
         arg |= f.metadata["arg"]
-        shown = "" if f.type is bool or f.default in ("", (), None) else f" [{f.default}]"
+        shown = f" [{f.default}]" if f.default else ""
         help = f.metadata["help"].replace("%", "%%") + shown
         parser.add_argument(arg.pop("positional", f"--{name}"), help=help, **arg)
     try:
@@ -510,11 +486,11 @@ def read_flags(settings_class, argv, doc):
     except argparse.ArgumentError as e:
         raise InputError(f"{e}; see --help") from None
     if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{name}" for name in fields], 1)
-        hint = f", did you mean {close[0]}?" if close else "; see --help"
-        raise InputError(f"unknown argument {unknown[0]}{hint}")
+        flags = [f"--{name}" for name in fields]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1) or ["--help"]
+        raise InputError(f"unknown argument {unknown[0]}, did you mean {near[0]}?")
     for name, value in vars(given).items():
-        low, high = fields[name].metadata["low"], fields[name].metadata["high"]
+        low, high = (fields[name].metadata[end] for end in ("low", "high"))
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise InputError(f"--{name} {value}: must be from {low} to {high:g}")
     return settings_class(**vars(given)), set(vars(given))
@@ -575,56 +551,49 @@ def whole_file(path, keep=False):
 
 
 @contextlib.contextmanager
-def only_writer(folder, chief=True):
+def only_writer(folder):
     """Keep a second program from writing into the folder. SQLite's locks exist on every system and
     end with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    open(folder / ".lock", "ab").close()
-    lock = sqlite3.connect(folder / ".lock", timeout=0)
-    try:
-        if chief:
+    with contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
+        try:
             lock.execute("begin exclusive")
-    except sqlite3.OperationalError:
-        raise InputError(f"{folder}: another program is training there; wait for it or take another"
-                         f" --out_dir (python chat.py {folder}/base.npz talks to what it saved"
-                         " last)") from None
-    try:
+        except sqlite3.OperationalError as e:
+            raise InputError(f"{folder}: {e}, as by a program that trains there; wait for it or take"
+                             f" another --out_dir (python chat.py {folder}/base.npz talks to what it"
+                             " saved last)") from None
         yield
-    finally:
-        lock.close()
 
 
 @contextlib.contextmanager
 def wishes_to_stop():
     """-> a list that Ctrl-C and its kin put something in; training then saves and stops."""
-    wishes, before = [], {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no hang-up
-        ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN  # by nohup
-        if number and not ignored:
-            before[number] = signal.signal(number, lambda *_: wishes.append(True))
+    wishes, numbers = [], [signal.SIGINT, signal.SIGTERM]
+    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(hang_up)
+    before = [signal.signal(number, lambda *_: wishes.append(True)) for number in numbers]
     try:
         yield wishes
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(numbers, before):
             signal.signal(number, handler)
 
 
-COLUMNS = ["step", "train_loss", "val_loss", "val_bits_per_byte", "learning_rate",
-           "tokens_per_second", "seconds"]
+COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
 
 
 def begin_log(path, rows):
     """log.csv with the rows so far, open for more. A fresh run keeps that of the run before it."""
     with whole_file(path, keep=not rows) as file:
-        for row in [COLUMNS, *rows]:
+        for row in [COLUMNS.split(","), *rows]:
             file.write(f"{','.join(map(str, row))}\n".encode())
     return open(path, "a")
 
 
 def draw(values, width=72):
     """Numbers as a line of small bars, from the first to the last."""
-    means = [np.mean(part) for part in np.array_split(values, min(width, len(values)))]
+    means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
     high, low = max(means), min(means)
     bars = ["▁▂▃▄▅▆▇█"[int(7 * (m - low) / (high - low + 1e-9))] for m in means]
     print(f"loss {high:.2f} {''.join(bars)} {low:.2f}")
