@@ -321,15 +321,15 @@ def encode_piece(piece, tokenizer):
 
 def learn_tokenizer(pieces, vocab_size):
     """The beginning of a text -> a tokenizer, and the pieces that were looked at."""
-    first, words = [], Counter()
-    for piece in pieces:
-        first.append(piece)
-        words.update(WORD.findall(piece[0]))
-        if len(words) > 1 << 18:  # enough different ones; more would only take memory
+    first, words, size = [], Counter(), 0
+    for text, ends in pieces:
+        first.append((text, ends))
+        words.update(WORD.findall(text))
+        size += len(text.encode("utf-8", "replace"))
+        if size > 1 << 25 or len(words) > 1 << 18:  # enough; more would only take memory
             break
     if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is not learned
-        size = sum(len(word.encode("utf-8", "replace")) * n for word, n in words.items())
-        vocab_size = max(384, min(1 << 15, round(size**0.5 / 2)))
+        vocab_size = max(384, round(size**0.5 / 2))
     frequent = dict(words.most_common(max(1 << 14, 4 * vocab_size)))
     return Tokenizer(train_bpe(frequent, vocab_size)), first
 
