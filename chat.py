@@ -1,4 +1,4 @@
-"""Talk to the model: it answers with a chat checkpoint and continues the text with a base checkpoint.
+"""Talk to the model: it answers with a chat checkpoint and continues the text with a base one.
 
     python chat.py                       # from nothing: makes data, base and chat model first
     python chat.py out/base.npz --prompt "The capital of France"
@@ -19,24 +19,23 @@ import zlib
 import gpt
 import numpy as np
 import sft
-from prepare import END, SPECIAL, InputError, printable, read_flags, run, setting, whole_file
+from prepare import END, InputError, printable, read_flags, run, setting, whole_file
 
 HELP = """/reset forgets the conversation, /probs shows how sure the last answer was, /better TEXT
-says what it should have been, /quit or Ctrl-D ends; Ctrl-C stops an answer. Settings:"""
+says what it should have been, /quit or Ctrl-D ends, Ctrl-C stops an answer. Settings:"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint",
-                              metavar="CKPT")
-    prompt: str = setting(None, "answer or continue this text and stop", metavar="TEXT")
+    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint")
+    prompt: str = setting(None, "answer or continue this text and stop")
     temperature: float = setting(None, "0 takes the likeliest token, 1 samples as trained"
-                                 " [0 to answer, 0.8 to continue]", high=100.0)
+                                 " [0 to answer, 0.8 to continue]", high=100)
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 means all")
     top_p: float = setting(1.0, "sample from the likeliest tokens that together have this"
-                           " probability", high=1.0)
+                           " probability", high=1)
     repetition_penalty: float = setting(1.0, "above 1 makes tokens that were there less likely",
-                                        low=0.01, high=100.0)
+                                        low=0.01, high=100)
     max_new_tokens: int = setting(200, "longest answer", low=1)
     seed: int = setting(0, "of the sampling", high=2**32 - 1)
 
@@ -58,60 +57,54 @@ class Talk:
 
     def __init__(self, path, cfg):
         state, about, self.model, self.tokenizer = gpt.load_checkpoint(path)
-        self.params, self.answers = state["params"], about["kind"] == "chat"
-        self.generate, self.messages, self.seen = gpt.make_generator(self.model), [], []
+        self.params, self.answers, self.messages = state["params"], about["kind"] == "chat", []
+        self.generate, self.feedback = gpt.make_generator(self.model), path.parent / "feedback.jsonl"
         self.set(cfg)
-        self.feedback, base = path.with_name("feedback.jsonl"), path.with_name("base.npz")
+        base = path.with_name("base.npz")
         if self.answers and base.exists():
-            wte = gpt.load_checkpoint(base)[0]["params"]["wte"]
-            if zlib.crc32(wte) != about["base"]:
-                print(f"{path} was made from another base than {base} is now; python sft.py makes"
-                      " a new one", file=sys.stderr)
+            if zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]) != about["base"]:
+                print(f"{path} comes from another base than {base} is now; python sft.py makes one"
+                      " that does", file=sys.stderr)
 
     def set(self, cfg):
         """New settings; the same seed again, so that answers before and after can be compared."""
         if cfg.temperature is None:
             cfg = dataclasses.replace(cfg, temperature=0.0 if self.answers else 0.8)
-        self.cfg, self.rng = cfg, np.random.default_rng(cfg.seed)
+        self.cfg, self.rng, self.seen = cfg, np.random.default_rng(cfg.seed), []
 
     def choose(self, row, logits, history):
-        c = self.cfg
-        id = gpt.sample(logits, history, self.rng, c.temperature, c.top_k, c.top_p,
-                        c.repetition_penalty)
-        p = np.exp(logits - logits.max())
-        self.seen.append((id, p / p.sum()))
+        id = gpt.sample(logits, history, self.rng, self.cfg.temperature, self.cfg.top_k,
+                        self.cfg.top_p, self.cfg.repetition_penalty)
+        self.seen.append((id, logits))
         return id
 
     def reply(self, text):
         """Pieces of text as they are made, never half a character. A base model continues the
         text; a chat model answers, and what it said becomes part of the conversation."""
-        self.seen.clear()
-        messages = [*self.messages, ("user", text, False)]
+        messages, said, self.seen = [*self.messages, ("user", text, False)], "", []
         if self.answers:
             ids = prompt_ids(messages, self.tokenizer, self.model.block_size)
         else:
             ids = [END, *self.tokenizer.encode(text)]
             yield text
         steps = self.generate(self.params, [ids], self.choose, self.cfg.max_new_tokens)
-        said = ""
         try:
             for piece in self.tokenizer.stream(step[0] for step in steps):
-                piece = piece if said or not self.answers else piece.removeprefix(" ")
+                if self.answers and not said:
+                    piece = piece.removeprefix(" ")
                 said += piece
                 yield piece
         finally:  # also when Ctrl-C stops the answer
-            if self.answers and said:
+            if self.answers:
                 self.messages = [*messages, ("assistant", said, True)]
 
     def show_probabilities(self):
         """A line for each token of the last answer: its probability, and what came second."""
-        def name(id):
-            return SPECIAL[id] if id < len(SPECIAL) else printable(self.tokenizer.decode([id]))
-
-        for id, p in self.seen:
-            second = np.where(np.arange(len(p)) == id, 0, p).argmax()
-            print(f"{name(id)!r:<18}{100 * p[id]:6.1f} % {'#' * round(20 * p[id]):<20}  second:"
-                  f" {name(second)!r} {100 * p[second]:.1f} %")
+        for id, logits in self.seen:
+            p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+            second = np.argsort(-np.where(np.arange(len(p)) == id, 0, p))[0]
+            name, other = (printable(self.tokenizer.decode([i])) or "(end)" for i in (id, second))
+            print(f"{name!r:<18}{100 * p[id]:6.1f} %   second: {other!r} {100 * p[second]:.1f} %")
 
     def correct(self, text):
         """/better: add what the last answer should have been to feedback.jsonl, whole or not at
@@ -127,23 +120,23 @@ class Talk:
         print(f"{self.feedback}: {old.count(10) + 1} correction(s); to learn from them:"
               " python sft.py --dpo, then python chat.py out/dpo.npz")
 
-
-def command(talk, line):
-    """/name value: a command, or a setting and its new value."""
-    name, _, value = line[1:].partition(" ")
-    if name == "reset":
-        talk.messages = []
-    elif name == "probs":
-        talk.show_probabilities()
-    elif name == "better":
-        talk.correct(value.strip())
-    elif name == "help":
-        print(HELP)
-        for f in dataclasses.fields(talk.cfg)[2:]:  # not the checkpoint, not the prompt
-            print(f"/{f.name} {getattr(talk.cfg, f.name)}  ({f.metadata['help']})")
-    else:
-        changed, given = read_flags(Config, [f"--{name}", value.strip()], __doc__)
-        talk.set(dataclasses.replace(talk.cfg, **{name: getattr(changed, name) for name in given}))
+    def command(self, line):
+        """/name value: a command, or a setting and its new value."""
+        name, _, value = line[1:].partition(" ")
+        if name == "reset":
+            self.messages = []
+        elif name == "probs":
+            self.show_probabilities()
+        elif name == "better":
+            self.correct(value.strip())
+        elif name == "help":
+            print(HELP)
+            for f in dataclasses.fields(Config)[2:]:  # not the checkpoint, not the prompt
+                print(f"/{f.name} {getattr(self.cfg, f.name)}  ({f.metadata['help']})")
+        else:
+            new, given = read_flags(Config, [f"--{name}", value.strip()], __doc__)
+            new = {name: getattr(new, name) for name in given}
+            self.set(dataclasses.replace(self.cfg, **new))
 
 
 def questions():
@@ -160,8 +153,7 @@ def questions():
         except (KeyboardInterrupt, EOFError) as e:
             ended = isinstance(e, EOFError)
             print()
-        for part in re.findall(r"^/.*|(?:^[^/].*\n?)+", text, re.M):
-            yield part.strip()
+        yield from map(str.strip, re.findall(r"^/.*|(?:^[^/].*\n?)+", text, re.M))
 
 
 def answer_lines(talk):
@@ -197,15 +189,15 @@ def main(argv):
             return
         try:
             if line.startswith("/"):
-                command(talk, line)
-                continue
-            for piece in talk.reply(line):
-                print(printable(piece), end="", flush=True)
+                talk.command(line)
+            else:
+                for piece in talk.reply(line):
+                    print(printable(piece), end="", flush=True)
+                print()
         except InputError as e:
-            print(str(e).replace("--help", "/help").replace("--", "/"), end="")
+            print(str(e).replace("--", "/"))
         except KeyboardInterrupt:
-            pass  # the answer ends here
-        print()
+            print()  # the answer ends here
 
 
 if __name__ == "__main__":

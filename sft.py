@@ -70,7 +70,7 @@ def turns_of(record, names):
 def messages_of(turns):
     """OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"}, ...] -> [(role, text,
     trained), ...] going user, assistant, user, assistant. A system text goes before the first
-    question; a last question without an answer goes; an answer of "weight" 0 is not trained."""
+    question; an answer of "weight" 0 is not trained."""
     messages, system = [], ""
     for turn in turns:
         role = ROLES.get(turn.get("role", turn.get("from")), "other")
@@ -87,7 +87,7 @@ def messages_of(turns):
         if role == "assistant" and not text.strip():
             raise ValueError("with an empty answer")
         messages.append((role, text, role == "assistant" and turn.get("weight", 1) != 0))
-    return messages[:len(messages) // 2 * 2]
+    return messages
 
 
 def conversations(path, odd, kind=ANSWER):
@@ -98,6 +98,9 @@ def conversations(path, odd, kind=ANSWER):
             found = [messages_of(turns_of(record, names)) for names in kind]
             shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
             found = [[(*m[:2], m[2] and m not in shared) for m in messages] for messages in found]
+            if found[0][-1][0] == "user":
+                count(odd, "last questions without an answer", source)
+                found = [messages[:-1] for messages in found]
             if not all(any(trained for *_, trained in messages) for messages in found):
                 raise ValueError("without an answer to train")
             yield found, record, source
@@ -128,16 +131,22 @@ def render(messages, tokenizer):
     return ids, trained
 
 
+def example_of(found, tokenizer):
+    """Messages of each answer -> [(ids, which of them are trained) of each answer]."""
+    rendered = [render(messages, tokenizer) for messages in found]
+    return [(np.array(ids, np.uint16), np.array(trained)) for ids, trained in rendered]
+
+
 def read_examples(paths, tokenizer, T, kind=ANSWER):
     """Files -> examples: for each record that fits the context, (ids, trained) of each answer."""
     odd, examples = {}, []
     for path in paths:
         for found, _, source in conversations(path, odd, kind):
-            example = [render(messages, tokenizer) for messages in found]
+            example = example_of(found, tokenizer)
             if max(len(ids) for ids, _ in example) > T:
                 count(odd, f"records longer than the context of {T} tokens", source)
-                continue
-            examples.append([(np.array(ids, np.uint16), np.array(w)) for ids, w in example])
+            else:
+                examples.append(example)
     report(odd)
     if not examples:
         raise InputError(f"{path}: nothing to train on is left")
@@ -209,6 +218,7 @@ def grade(params, cfg, tokenizer, test, column):
     for (messages, record), answer in zip(test, said):
         expected = messages[-1][1].strip()
         right = answer.startswith(expected) if "text" in record else answer == expected
+        record["said"] = answer
         record[column] = "declined" if answer == DONT_KNOW else "right" if right else "wrong"
 
 
@@ -226,55 +236,26 @@ def table(test, columns):
         print(f"{name:<24}{len(records):>10}{cells}")
 
 
-def log_probs_of(losses, params, examples, T, n=32):
-    """losses: gpt.token_losses, compiled -> the log-probability of what is trained in each of the
-    examples [(ids, trained)]."""
-    found = []
-    for start in range(0, len(examples), n):
-        rows = [shift(*example, T) for example in examples[start:start + n]]
-        x, y, w = np.resize(rows, (n, 3, T)).swapaxes(0, 1)  # one size: compiled once
-        found += (-(losses(params, x, y) * w).sum(-1)[:len(rows)]).tolist()
-    return np.array(found)
+# ---------------------------------------------------------------- fine-tuning and DPO
 
 
-# ---------------------------------------------------------------- fine-tuning
+def batch_of(examples, T):
+    """Examples of n answers each -> x, y, w (number of examples, n, T)."""
+    rows = [[shift(*answer, T) for answer in example] for example in examples]
+    x, y, w = np.array(rows).transpose(2, 0, 1, 3)
+    return x, y, np.float32(w)
 
 
-def imitate(cfg, examples, held, tokenizer):
-    """Make answers likelier. The first `held` examples are not trained on -> objective, batch_at
-    and validate for gpt.train, and measure(params) -> {name: value}."""
-    T, data_dir, old, replay = cfg.block_size, pathlib.Path(cfg.data_dir), 0, None
-    kept, rest = [e[0] for e in examples[:held]], [e[0] for e in examples[held:]]
-    losses = jax.jit(functools.partial(gpt.token_losses, cfg=cfg))
-    validate = lambda params: ("", "")
-    source = data_dir / "tokenizer.json"
-    if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
-        replay = gpt.load_tokens(data_dir / "train.bin", tokenizer, T + 1)
-        old = min(cfg.batch_size - 1, round(cfg.batch_size * cfg.replay))
-        val = gpt.load_tokens(data_dir / "val.bin", tokenizer, 2)
-        validate = gpt.make_validation(val, tokenizer, cfg)
-    else:
-        print(f"{data_dir} is not the text of {cfg.init}, so none of it is replayed")
-
-    def batch_at(number):
-        """Examples, and rows of pretraining text against forgetting (arXiv 2503.21676)."""
-        some = epoch_order(len(rest), cfg.batch_size - old, cfg.seed, number)
-        x, y, w = np.array([shift(*rest[i], T) for i in some]).swapaxes(0, 1)
-        if old:
-            replayed = gpt.random_batch(replay, old, T, cfg.seed, number)
-            x, y, w = (np.concatenate(pair) for pair in zip((x, y, w), replayed))
-        return x, y, np.float32(w)
-
-    def measure(params):
-        if not kept:
-            return {}
-        tokens = sum(trained[1:].sum() for _, trained in kept)
-        return {"loss of held-out answers": -log_probs_of(losses, params, kept, T).sum() / tokens}
-
-    return functools.partial(gpt.loss, cfg=cfg), batch_at, validate, measure
+def sft_loss(params, batch, key, cfg):
+    """The loss of gpt.py for examples of one answer: x, y, w (n, 1, T)."""
+    return gpt.loss(params, [a.reshape(-1, cfg.block_size) for a in batch], key, cfg)
 
 
-# ---------------------------------------------------------------- DPO
+def log_probs(params, x, y, w, cfg):
+    """Log-probability of what is trained in each answer: x, y, w (n, 2, T) -> (n, 2)."""
+    T = x.shape[-1]
+    losses = gpt.token_losses(params, x.reshape(-1, T), y.reshape(-1, T), cfg)
+    return -(losses.reshape(w.shape) * w).sum(-1)
 
 
 def dpo_loss(params, batch, key, cfg, anchor=1.0):
@@ -285,63 +266,44 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
     `anchor` times the loss per token of the chosen answer is added: its probability would otherwise
     fall along with that of the rejected one (arXiv 2404.19733)."""
     x, y, w, reference = batch
-    n, _, T = x.shape
-    losses = gpt.token_losses(params, x.reshape(2 * n, T), y.reshape(2 * n, T), cfg)
-    logp = -(losses.reshape(n, 2, T) * w).sum(-1)
+    logp = log_probs(params, x, y, w, cfg)
     chosen, rejected = (cfg.beta * (logp - reference)).T
     loss = -jax.nn.log_sigmoid(chosen - rejected) - anchor * logp[:, 0] / w[:, 0].sum(-1)
-    return loss.sum(), jnp.float32(n)
+    return loss.sum(), jnp.float32(len(x))
 
 
-def prefer(cfg, examples, held, tokenizer):
-    """Make chosen answers likelier than rejected ones: as imitate."""
-    T, losses = cfg.block_size, jax.jit(functools.partial(gpt.token_losses, cfg=cfg))
-    reference_params = gpt.load_checkpoint(cfg.init)[0]["params"]
-
-    def log_probs(params, pairs):
-        flat = [answer for pair in pairs for answer in pair]
-        return log_probs_of(losses, params, flat, T).reshape(-1, 2)
-
-    reference = np.float32(log_probs(reference_params, examples))
-
-    def batch_at(number):
-        some = held + epoch_order(len(examples) - held, cfg.batch_size, cfg.seed, number)
-        rows = [[shift(*answer, T) for answer in examples[i]] for i in some]
-        x, y, w = np.array(rows).transpose(2, 0, 1, 3)
-        return x, y, np.float32(w), reference[some]
-
-    def measure(params):
-        if not held:
-            return {}
-        chosen, rejected = (cfg.beta * (log_probs(params, examples[:held]) - reference[:held])).T
-        return {"DPO loss, held out": np.logaddexp(0, rejected - chosen).mean(),
-                "chosen preferred, %": 100 * (chosen > rejected).mean(),
-                "reward of the chosen": chosen.mean(), "reward of the rejected": rejected.mean()}
-
-    def validate(params):
-        return measure(params).get("DPO loss, held out", ""), ""
-
-    return functools.partial(dpo_loss, cfg=cfg), batch_at, validate, measure
+def reference_of(examples, params, cfg, n=32):
+    """log_probs of all examples (N, 2)."""
+    compute = jax.jit(functools.partial(log_probs, cfg=cfg))
+    found = []
+    for start in range(0, len(examples), n):
+        some = [examples[i % len(examples)] for i in range(start, start + n)]  # compiled once
+        found.append(compute(params, *batch_of(some, cfg.block_size)))
+    return np.concatenate(found)[:len(examples)]
 
 
-def built_in_preferences(cfg, tokenizer, n=300):
-    """Examples from the built-in questions: where the answer is known it is chosen and "I do not
-    know that." rejected; where it is not, that is chosen and what the model makes up rejected."""
-    params = gpt.load_checkpoint(cfg.init)[0]["params"]
-    questions = [messages for [messages], *_ in conversations(f"{cfg.data_dir}/qa.jsonl", {})]
-    order = np.random.default_rng(cfg.seed).permutation(len(questions))
-    questions = [questions[i] for i in order if len(questions[i]) == 2]
-    known = [m for m in questions if m[1][1] != DONT_KNOW][:n]
-    unknown = [m for m in questions if m[1][1] == DONT_KNOW][:n]
-    prompts = [render(m[:1], tokenizer)[0] for m in unknown]
-    invented = answer_all(params, cfg, tokenizer, prompts, cfg.block_size // 2, temperature=1.2)
-    pairs = [(m, DONT_KNOW) for m in known] + list(zip(unknown, invented))
-    examples = []
-    for messages, rejected in pairs:
-        if rejected.strip() and rejected != messages[1][1]:
-            both = messages, [messages[0], ("assistant", rejected, True)]
-            examples.append([tuple(map(np.array, render(m, tokenizer))) for m in both])
-    return examples
+def read_corrections(path):
+    """What people corrected in the chat, of each question the last -> [[chosen, rejected], ...]"""
+    pairs = {}
+    if path.exists():
+        for pair, *_ in conversations(path, {}, PREFERENCE):
+            pairs[tuple(pair[0][:-1])] = pair
+    return list(pairs.values())
+
+
+def built_in_preferences(cfg, params, tokenizer, n=300):
+    """Pairs of messages from the built-in questions: where the answer is known it is chosen and "I
+    do not know that." rejected; where it is not, that, and what the model makes up."""
+    found = [m for [m], *_ in conversations(f"{cfg.data_dir}/qa.jsonl", {}) if len(m) == 2]
+    some = [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:n]]
+    prompts = [render(messages[:1], tokenizer)[0] for messages in some]
+    said = answer_all(params, cfg, tokenizer, prompts, cfg.block_size // 2, temperature=1.2)
+    pairs = []
+    for (question, answer), invented in zip(some, said):
+        rejected = invented if answer[1] == DONT_KNOW else DONT_KNOW
+        if rejected.strip() and rejected != answer[1]:
+            pairs.append([[question, answer], [question, ("assistant", rejected, True)]])
+    return pairs
 
 
 # ---------------------------------------------------------------- main
@@ -352,13 +314,12 @@ class Config(gpt.Config):
     pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: the built-in ones",
                          nargs="*", positional="pairs", metavar="PAIRS")
     init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir, for DPO"
-                        " chat.npz", metavar="CKPT")
-    eval: str = setting("", "questions to test with; without PAIRS nothing is trained",
-                        metavar="PAIRS")
+                        " chat.npz")
+    eval: str = setting("", "questions to test with; without PAIRS nothing is trained")
     show: int = setting(0, "print this many examples with what is trained, and stop")
     replay: float = setting(0.25, "part of the rows that is pretraining text", high=0.9)
     dpo: str = setting(None, "preferences to train on; without a file: the corrections made in the"
-                       " chat, and built-in ones", nargs="?", const="", metavar="PREFERENCES")
+                       " chat, and built-in ones", nargs="?", const="")
     beta: float = setting(0.1, "DPO: how far the model may move from what it was")
     batch_size: int = setting(32, "rows in a micro-batch", low=1)
     max_steps: int = setting(600, "optimiser steps [with --dpo: 60]", low=1)
@@ -387,71 +348,129 @@ def read_test(path):
     return test
 
 
+def read_replay(cfg, tokenizer):
+    """Pretraining text to mix in, against forgetting (arXiv 2503.21676), and a validation on it."""
+    data_dir = pathlib.Path(cfg.data_dir)
+    source = data_dir / "tokenizer.json"
+    if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
+        val = gpt.load_tokens(data_dir / "val.bin", tokenizer, 2)
+        ids = gpt.load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
+        return ids, gpt.make_validation(val, tokenizer, cfg)
+    print(f"{data_dir} is not the text of {cfg.init}, so none of it is replayed")
+    return None, lambda params: ("", "")
+
+
+def fine_tune(cfg, state, about, tokenizer, examples, held, path):
+    """Train on all examples but the first `held`, by imitation if they have one answer, by DPO if
+    they have two -> the parameters after it."""
+    T, dpo, old = cfg.block_size, len(examples[0]) == 2, 0
+    objective = jax.jit(functools.partial(dpo_loss if dpo else sft_loss, cfg=cfg))
+    if dpo:
+        reference = reference_of(examples, gpt.load_checkpoint(cfg.init)[0]["params"], cfg)
+    else:
+        replay, validate = read_replay(cfg, tokenizer)
+        old = round(cfg.batch_size * cfg.replay) * (replay is not None)
+
+    def batch_from(some):
+        batch = batch_of([examples[i] for i in some], T)
+        return (*batch, reference[some]) if dpo else batch
+
+    def batch_at(number):
+        order = epoch_order(len(examples) - held, cfg.batch_size - old, cfg.seed, number)
+        batch = batch_from(held + order)
+        if old:
+            replayed = gpt.random_batch(replay, old, T, cfg.seed, number)
+            batch = [np.concatenate([a, b[:, None]]) for a, b in zip(batch, replayed)]
+        return batch
+
+    def held_out_loss(params):
+        parts = np.array_split(np.arange(held), held // cfg.batch_size + 1)
+        sums = [jax.device_get(objective(params, batch_from(part), None)) for part in parts]
+        total, number = np.sum(sums, axis=0)
+        return total / number
+
+    if dpo:
+        validate = lambda params: (held_out_loss(params) if held else "", "")
+    data = zlib.crc32(b"".join(ids.tobytes() for example in examples for ids, _ in example))
+    if cfg.resume and about["data"] != data:
+        raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
+    if not cfg.resume:
+        params = state["params"]
+        about = {"kind": "chat", "tokenizer": about["tokenizer"], "step": 0, "seconds": 0.0,
+                 "log": [], "data": data, "base": about.get("base", zlib.crc32(params["wte"]))}
+        if held:
+            about["before"] = float(held_out_loss(params))
+        state = gpt.new_state(params)
+    state = gpt.train(cfg, state, about, objective, batch_at, validate, path)
+    if held:
+        print(f"loss of what was held out: {about['before']:.3f} ->"
+              f" {held_out_loss(state['params']):.3f}")
+    return state["params"]
+
+
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     gpt.join(cfg)
     gpt.check_device()
-    out_dir, data_dir, dpo = pathlib.Path(cfg.out_dir), cfg.data_dir, cfg.dpo is not None
+    dpo, out_dir = cfg.dpo is not None, pathlib.Path(cfg.out_dir)
     path = out_dir / ("dpo.npz" if dpo else "chat.npz")
     only_test = cfg.eval and not (dpo or cfg.pairs or cfg.resume)
     if dpo and cfg.pairs:
         raise InputError(f"{cfg.pairs[0]}: preferences go behind --dpo; PAIRS are for fine-tuning")
-    for name in {*cfg.pairs, cfg.eval} - {"", "-"}:
-        read_test(name)  # what is wrong with it is told now, not after a pretraining
-    if not (cfg.init or cfg.resume):
-        start, script = (out_dir / "base.npz", gpt.main)
+    named = [(name, ANSWER) for name in (*cfg.pairs, cfg.eval)] + [(cfg.dpo, PREFERENCE)]
+    for name, kind in named:
+        if name and name != "-":  # what is wrong with it is told now, not after a pretraining
+            next(conversations(name, {}, kind), None)
+    start = path if cfg.resume else cfg.init
+    if not start:
+        start, script = out_dir / "base.npz", gpt.main
         if dpo or only_test:
             start, script = out_dir / "chat.npz", main
         flags = [f"--{n}={getattr(cfg, n)}" for n in ("data_dir", "out_dir", "seed") if n in given]
         make_if_missing(start, script, flags)
+    if not cfg.resume:
         cfg = dataclasses.replace(cfg, init=str(start))
-    if dpo and not cfg.resume:
+    if dpo:
         unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
-    start = path if cfg.resume else cfg.init
-    state, about, _, tokenizer = gpt.load_checkpoint(start, gpt.PARTS if cfg.resume else gpt.PARTS[:1])
-    cfg = gpt.inherit(cfg, given - {"dpo"} if cfg.dpo == "" else given, about, start)
-    test = []
+    state, about, _, tokenizer = gpt.load_checkpoint(start, gpt.PARTS[:3 if cfg.resume else 1])
+    cfg = gpt.inherit(cfg, given - {"dpo"}, about, start)
+    if dpo and cfg.init == str(path):
+        raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
+    params, test, corrections = state["params"], [], []
     if cfg.eval or not (cfg.pairs or cfg.dpo):
-        test = read_test(cfg.eval or f"{data_dir}/qa_test.jsonl")
+        test = read_test(cfg.eval or f"{cfg.data_dir}/qa_test.jsonl")
     if only_test:
-        grade(state["params"], cfg, tokenizer, test, "now")
+        grade(params, cfg, tokenizer, test, "now")
         return table(test, ["now"])
     if cfg.dpo == "":
-        examples = built_in_preferences(cfg, tokenizer)
-    elif dpo:
-        examples = read_examples([cfg.dpo], tokenizer, cfg.block_size, PREFERENCE)
+        corrections = read_corrections(out_dir / "feedback.jsonl")
+        test = test[::3] + [(chosen, {"set": "corrected by a person"}) for chosen, _ in corrections]
+        reference = gpt.load_checkpoint(cfg.init)[0]["params"]
+        pairs = built_in_preferences(cfg, reference, tokenizer)
+        pairs += corrections * (len(pairs) // (2 * len(corrections) + 1))
+        examples = [example_of(pair, tokenizer) for pair in pairs]
     else:
-        pairs = cfg.pairs or [f"{data_dir}/qa.jsonl"]
-        examples = read_examples(pairs, tokenizer, cfg.block_size)
+        names = [cfg.dpo] if dpo else cfg.pairs or [f"{cfg.data_dir}/qa.jsonl"]
+        examples = read_examples(names, tokenizer, cfg.block_size, PREFERENCE if dpo else ANSWER)
     if cfg.show:
         return print("\n".join(show(*a, tokenizer) for e in examples[:cfg.show] for a in e))
-    held = len(examples) // (10 if dpo else 20) if cfg.pairs or dpo else 0
-    objective, batch_at, validate, measure = (prefer if dpo else imitate)(cfg, examples, held, tokenizer)
+    held = len(examples) // 20 if cfg.pairs or dpo else 0  # not trained on, to measure with
     tokens = sum(trained.sum() for example in examples for _, trained in example)
     print(f"{len(examples)} examples, {held} of them held out, {tokens} trained tokens")
-    data = zlib.crc32(b"".join(ids.tobytes() for example in examples for ids, _ in example))
-    if not cfg.resume:
-        params = state["params"]
-        if dpo and test:
-            grade(params, cfg, tokenizer, test, "before")
-        before = {name: float(value) for name, value in measure(params).items()}
-        base = about.get("base", zlib.crc32(params["wte"]))
-        if about["kind"] == "base":  # the roles' ids were reserved, never seen: begin amid others
-            noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, cfg.n_embd))
-            params["wte"][[USER, ASSISTANT]] = params["wte"].mean(0) + noise
-        state, about = gpt.new_state(params), {
-            "kind": "chat", "tokenizer": about["tokenizer"], "step": 0, "seconds": 0.0, "log": [],
-            "base": base, "data": data, "before": before}
-    elif about["data"] != data:
-        raise InputError(f"{path}: was begun with other examples than those there are now; start"
-                         " afresh without --resume")
-    state = gpt.train(cfg, state, about, objective, batch_at, validate, path)
-    for name, value in measure(state["params"]).items():
-        print(f"{name}: {about['before'][name]:.3f} -> {value:.3f}")
+    if about["kind"] == "base":  # the roles' ids were reserved, never seen: begin amid the others
+        noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, cfg.n_embd))
+        params["wte"][[USER, ASSISTANT]] = params["wte"].mean(0) + noise
+    columns = ["before", "after"] if dpo and not cfg.resume else ["after"]
+    if test and len(columns) == 2:
+        grade(params, cfg, tokenizer, test, "before")
+    params = fine_tune(cfg, state, about, tokenizer, examples, held, path)
     if test:
-        grade(state["params"], cfg, tokenizer, test, "after")
-        table(test, ["before", "after"] if dpo and not cfg.resume else ["after"])
+        grade(params, cfg, tokenizer, test, "after")
+        table(test, columns)
+    for messages, record in test:
+        if record["set"] == "corrected by a person":
+            print(f"{messages[-2][1]!r}: now {record['said']!r}")
     print(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 
