@@ -514,11 +514,14 @@ def count(odd, what, where):
     odd.setdefault(what, [0, where])[0] += 1
 
 
-def report(odd, of="left out"):
-    """Say in one line what count() has noted."""
+def list_of(odd):
+    """What count() has noted, in words."""
+    return "; ".join(f"{times} {what} (the first: {where})" for what, (times, where) in odd.items())
+
+
+def report(odd):
     if odd:
-        parts = [f"{times} {what} (the first: {where})" for what, (times, where) in odd.items()]
-        print(f"{of}: {'; '.join(parts)}")
+        print(f"left out: {list_of(odd)}")
 
 
 # What can steer a terminal: control characters but newline and tab, lone surrogates, and marks that

@@ -4,7 +4,7 @@
     python sft.py mine.jsonl --eval held_out.jsonl
     python sft.py --show 3               # three examples, the trained tokens in colour, then stop
     python sft.py --eval questions.jsonl # no training: how many answers of out/chat.npz are right
-    python sft.py --dpo                  # what people corrected in the chat, out/chat.npz -> dpo.npz
+    python sft.py --dpo                  # what was corrected in the chat, out/chat.npz -> dpo.npz
 
 Pretraining gave the model its knowledge; here it learns the manner. The loop is that of gpt.py, but
 only the tokens of answers have weight. Reading order: records, examples, answers and their marks,
@@ -25,7 +25,7 @@ import numpy as np
 import prepare
 from data.world import DONT_KNOW
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer, count, printable
-from prepare import read_flags, report, run, setting, show_progress
+from prepare import list_of, read_flags, report, run, setting, show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
 
@@ -39,18 +39,19 @@ PREFERENCE = [("chosen",), ("rejected",)]
 def read_json(path, odd):
     """JSON lines or one JSON list -> (record, "file:line")."""
     lines = [(line, source) for line, source in prepare.read_lines(path, odd) if line.strip()]
-    if lines and lines[0][0].lstrip().startswith("["):
+    is_list = bool(lines) and lines[0][0].lstrip().startswith("[")
+    if is_list:
+        lines = [("".join(line for line, _ in lines), path)]
+    for text, source in lines:
         try:
-            records = json.loads("".join(line for line, _ in lines))
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{path}: not JSON ({e})") from None
-        yield from ((record, f"{path}: record {i}") for i, record in enumerate(records, 1))
-        return
-    for line, source in lines:
-        try:
-            yield json.loads(line), source
+            found = json.loads(text)
         except (ValueError, RecursionError):
-            count(odd, "lines that are not JSON", source)
+            count(odd, "part(s) that are not JSON", source)
+            continue
+        if is_list:
+            yield from ((record, f"{path}: record {i}") for i, record in enumerate(found, 1))
+        else:
+            yield found, source
 
 
 def turns_of(record, names):
@@ -96,18 +97,30 @@ def conversations(path, odd, kind=ANSWER):
     for record, source in read_json(path, odd):
         try:
             found = [messages_of(turns_of(record, names)) for names in kind]
+            if found[0][-1][0] == "user":
+                count(odd, "last question(s) without an answer", source)
+                found = [messages[:-1] for messages in found]
             shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
             found = [[(*m[:2], m[2] and m not in shared) for m in messages] for messages in found]
-            if found[0][-1][0] == "user":
-                count(odd, "last questions without an answer", source)
-                found = [messages[:-1] for messages in found]
             if not all(any(trained for *_, trained in messages) for messages in found):
                 raise ValueError("without an answer to train")
             yield found, record, source
         except ValueError as e:
-            count(odd, f"records {e}", source)
+            count(odd, f"record(s) {e}", source)
         except (AttributeError, IndexError, KeyError, TypeError):  # anything can be in a JSON file
-            count(odd, "records of no known shape", source)
+            count(odd, "record(s) of no known shape", source)
+
+
+def read_records(paths, kind=ANSWER):
+    """Files -> [(messages for each answer, record, "file:line")]; one line tells what is not
+    among them."""
+    odd, found = {}, []
+    for path in paths:
+        found += conversations(path, odd, kind)
+    if paths and not found:
+        raise InputError(f"{path}: no question with an answer in it; left out: {list_of(odd)}")
+    report(odd)
+    return found
 
 
 # ---------------------------------------------------------------- examples
@@ -131,25 +144,20 @@ def render(messages, tokenizer):
     return ids, trained
 
 
-def example_of(found, tokenizer):
-    """Messages of each answer -> [(ids, which of them are trained) of each answer]."""
-    rendered = [render(messages, tokenizer) for messages in found]
-    return [(np.array(ids, np.uint16), np.array(trained)) for ids, trained in rendered]
-
-
-def read_examples(paths, tokenizer, T, kind=ANSWER):
-    """Files -> examples: for each record that fits the context, (ids, trained) of each answer."""
+def examples_of(records, tokenizer, T):
+    """Records -> examples, [(ids, which of them are trained), ...] with one for each answer, of
+    those that fit the context."""
     odd, examples = {}, []
-    for path in paths:
-        for found, _, source in conversations(path, odd, kind):
-            example = example_of(found, tokenizer)
-            if max(len(ids) for ids, _ in example) > T:
-                count(odd, f"records longer than the context of {T} tokens", source)
-            else:
-                examples.append(example)
-    report(odd)
+    for found, _, source in records:
+        rendered = [render(messages, tokenizer) for messages in found]
+        if max(len(ids) for ids, _ in rendered) > T:
+            count(odd, f"record(s) longer than the context of {T} tokens", source)
+        else:
+            examples.append([(np.array(ids, "<u2"), np.array(trained)) for ids, trained in rendered])
     if not examples:
-        raise InputError(f"{path}: nothing to train on is left")
+        raise InputError(f"no example fits the context of {T} tokens; a base needs a larger"
+                         " --block_size")
+    report(odd)
     return examples
 
 
@@ -157,12 +165,12 @@ def show(ids, trained, tokenizer):
     """The example as text; what is trained stands out."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     text = ""
-    for is_trained, part in itertools.groupby(zip(ids.tolist(), trained), lambda pair: pair[1]):
-        words = ""
-        for is_special, run in itertools.groupby((i for i, _ in part), lambda i: i < len(SPECIAL)):
-            words += "".join(SPECIAL[i] for i in run) if is_special else tokenizer.decode(run)
-        text += f"{on}{printable(words)}{off}" if is_trained else printable(words)
-    return text
+    for (marked, special), run in itertools.groupby(zip(ids, trained), lambda pair: (
+            pair[1], pair[0] < len(SPECIAL))):
+        run = [id for id, _ in run]  # decoded together: a character may be several tokens
+        words = "".join(SPECIAL[id] for id in run) if special else printable(tokenizer.decode(run))
+        text += f"{on}{words}{off}" if marked else words
+    return text.replace(off + on, "")
 
 
 def shift(ids, trained, T):
@@ -205,20 +213,19 @@ def answer_all(params, cfg, tokenizer, prompts, longest, temperature=0.0):
 
 
 def grade(params, cfg, tokenizer, test, column):
-    """Answer greedily; record[column] becomes "right" (the whole answer, word for word),
-    "declined" or "wrong". A record with a "text" is a text to complete.
-
-    test: [(messages, record)]"""
-    prompts = [render(messages[:-1], tokenizer)[0] for messages, _ in test]
-    for i, (messages, record) in enumerate(test):
+    """Answer the test's questions greedily; record[column] becomes "right" (the whole answer, word
+    for word), "declined" or "wrong". A record with a "text" is a text to complete."""
+    prompts, longest = [], 0
+    for [messages], record, _ in test:
+        prompt, _ = render(messages[:-1], tokenizer)
         if "text" in record:
-            prompts[i] = [END, *tokenizer.encode(record["text"])]
-    longest = max(len(tokenizer.encode(messages[-1][1])) for messages, _ in test) + 8
+            prompt = [END, *tokenizer.encode(record["text"])]
+        prompts.append(prompt)
+        longest = max(longest, len(tokenizer.encode(messages[-1][1])) + 8)
     said = answer_all(params, cfg, tokenizer, prompts, longest)
-    for (messages, record), answer in zip(test, said):
-        expected = messages[-1][1].strip()
+    for ([messages], record, _), answer in zip(test, said):
+        expected, record["said"] = messages[-1][1].strip(), answer
         right = answer.startswith(expected) if "text" in record else answer == expected
-        record["said"] = answer
         record[column] = "declined" if answer == DONT_KNOW else "right" if right else "wrong"
 
 
@@ -226,7 +233,7 @@ def table(test, columns):
     """Print for each set of questions how many % of the answers were right, declined, wrong."""
     print(f"{'set':<24}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
     sets = {}
-    for _, record in test:
+    for _, record, _ in test:
         sets.setdefault(printable(str(record.get("set", "all"))), []).append(record)
     for name, records in sets.items():
         cells = ""
@@ -272,38 +279,41 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
     return loss.sum(), jnp.float32(len(x))
 
 
-def reference_of(examples, params, cfg, n=32):
+def in_parts(total, size=32):
+    """The numbers below total in parts of about `size`, of two sizes at most: compiled twice."""
+    return np.array_split(np.arange(total), total // size + 1)
+
+
+def log_probs_of(examples, params, cfg):
     """log_probs of all examples (N, 2)."""
     compute = jax.jit(functools.partial(log_probs, cfg=cfg))
-    found = []
-    for start in range(0, len(examples), n):
-        some = [examples[i % len(examples)] for i in range(start, start + n)]  # compiled once
-        found.append(compute(params, *batch_of(some, cfg.block_size)))
-    return np.concatenate(found)[:len(examples)]
+    return np.concatenate([
+        compute(params, *batch_of([examples[i] for i in part], cfg.block_size))
+        for part in in_parts(len(examples))])
 
 
-def read_corrections(path):
-    """What people corrected in the chat, of each question the last -> [[chosen, rejected], ...]"""
-    pairs = {}
-    if path.exists():
-        for pair, *_ in conversations(path, {}, PREFERENCE):
-            pairs[tuple(pair[0][:-1])] = pair
-    return list(pairs.values())
+def corrections_in(path):
+    """What people corrected in the chat, of each question the last, as records."""
+    last = {}
+    for record in read_records([path], PREFERENCE) if path.exists() else []:
+        last[tuple(record[0][0][:-1])] = record
+    return list(last.values())
 
 
 def built_in_preferences(cfg, params, tokenizer, n=300):
-    """Pairs of messages from the built-in questions: where the answer is known it is chosen and "I
-    do not know that." rejected; where it is not, that, and what the model makes up."""
+    """Records of the built-in questions: where the answer is known it is chosen and "I do not know
+    that." rejected; where it is not, that, and what the model makes up."""
     found = [m for [m], *_ in conversations(f"{cfg.data_dir}/qa.jsonl", {}) if len(m) == 2]
     some = [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:n]]
     prompts = [render(messages[:1], tokenizer)[0] for messages in some]
     said = answer_all(params, cfg, tokenizer, prompts, cfg.block_size // 2, temperature=1.2)
-    pairs = []
+    records = []
     for (question, answer), invented in zip(some, said):
         rejected = invented if answer[1] == DONT_KNOW else DONT_KNOW
         if rejected.strip() and rejected != answer[1]:
-            pairs.append([[question, answer], [question, ("assistant", rejected, True)]])
-    return pairs
+            pair = [[question, answer], [question, ("assistant", rejected, True)]]
+            records.append((pair, {}, ""))
+    return records
 
 
 # ---------------------------------------------------------------- main
@@ -311,8 +321,8 @@ def built_in_preferences(cfg, params, tokenizer, n=300):
 
 @dataclasses.dataclass(frozen=True)
 class Config(gpt.Config):
-    pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: the built-in ones",
-                         nargs="*", positional="pairs", metavar="PAIRS")
+    pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: the built-in"
+                         " ones", nargs="*", positional="pairs", metavar="PAIRS")
     init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir, for DPO"
                         " chat.npz")
     eval: str = setting("", "questions to test with; without PAIRS nothing is trained")
@@ -338,16 +348,6 @@ def make_if_missing(path, script, flags=()):
         script([*flags, "--resume"])
 
 
-def read_test(path):
-    """Questions with their answers -> [(messages, record)]"""
-    odd = {}
-    test = [(messages, record) for [messages], record, _ in conversations(path, odd)]
-    report(odd)
-    if not test:
-        raise InputError(f"{path}: no question with an answer in it")
-    return test
-
-
 def read_replay(cfg, tokenizer):
     """Pretraining text to mix in, against forgetting (arXiv 2503.21676), and a validation on it."""
     data_dir = pathlib.Path(cfg.data_dir)
@@ -366,7 +366,8 @@ def fine_tune(cfg, state, about, tokenizer, examples, held, path):
     T, dpo, old = cfg.block_size, len(examples[0]) == 2, 0
     objective = jax.jit(functools.partial(dpo_loss if dpo else sft_loss, cfg=cfg))
     if dpo:
-        reference = reference_of(examples, gpt.load_checkpoint(cfg.init)[0]["params"], cfg)
+        before = gpt.load_checkpoint(cfg.init)[0]["params"]
+        reference = log_probs_of(examples, before, cfg)
     else:
         replay, validate = read_replay(cfg, tokenizer)
         old = round(cfg.batch_size * cfg.replay) * (replay is not None)
@@ -384,10 +385,9 @@ def fine_tune(cfg, state, about, tokenizer, examples, held, path):
         return batch
 
     def held_out_loss(params):
-        parts = np.array_split(np.arange(held), held // cfg.batch_size + 1)
-        sums = [jax.device_get(objective(params, batch_from(part), None)) for part in parts]
-        total, number = np.sum(sums, axis=0)
-        return total / number
+        sums = [objective(params, batch_from(part), None) for part in in_parts(held)]
+        total, number = np.sum(jax.device_get(sums), axis=0)
+        return float(total / number)
 
     if dpo:
         validate = lambda params: (held_out_loss(params) if held else "", "")
@@ -396,10 +396,14 @@ def fine_tune(cfg, state, about, tokenizer, examples, held, path):
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     if not cfg.resume:
         params = state["params"]
+        base = about.get("base", zlib.crc32(params["wte"]))
+        if about["kind"] == "base":  # the roles' ids were reserved, never seen: begin amid others
+            noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, cfg.n_embd))
+            params["wte"][[USER, ASSISTANT]] = params["wte"].mean(0) + noise
         about = {"kind": "chat", "tokenizer": about["tokenizer"], "step": 0, "seconds": 0.0,
-                 "log": [], "data": data, "base": about.get("base", zlib.crc32(params["wte"]))}
+                 "log": [], "data": data, "base": base}
         if held:
-            about["before"] = float(held_out_loss(params))
+            about["before"] = held_out_loss(params)
         state = gpt.new_state(params)
     state = gpt.train(cfg, state, about, objective, batch_at, validate, path)
     if held:
@@ -408,69 +412,70 @@ def fine_tune(cfg, state, about, tokenizer, examples, held, path):
     return state["params"]
 
 
+def start_of(cfg, given, from_chat):
+    """The checkpoint to begin with; a default one that is missing is made."""
+    if cfg.init:
+        return cfg.init
+    start, script = pathlib.Path(cfg.out_dir, "base.npz"), gpt.main
+    if from_chat:
+        start, script = pathlib.Path(cfg.out_dir, "chat.npz"), main
+    flags = [f"--{n}={getattr(cfg, n)}" for n in ("data_dir", "out_dir", "seed") if n in given]
+    make_if_missing(start, script, flags)
+    return str(start)
+
+
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     gpt.join(cfg)
     gpt.check_device()
     dpo, out_dir = cfg.dpo is not None, pathlib.Path(cfg.out_dir)
-    path = out_dir / ("dpo.npz" if dpo else "chat.npz")
-    only_test = cfg.eval and not (dpo or cfg.pairs or cfg.resume)
+    path, kind = out_dir / ("dpo.npz" if dpo else "chat.npz"), PREFERENCE if dpo else ANSWER
     if dpo and cfg.pairs:
         raise InputError(f"{cfg.pairs[0]}: preferences go behind --dpo; PAIRS are for fine-tuning")
-    named = [(name, ANSWER) for name in (*cfg.pairs, cfg.eval)] + [(cfg.dpo, PREFERENCE)]
-    for name, kind in named:
-        if name and name != "-":  # what is wrong with it is told now, not after a pretraining
-            next(conversations(name, {}, kind), None)
-    start = path if cfg.resume else cfg.init
-    if not start:
-        start, script = out_dir / "base.npz", gpt.main
-        if dpo or only_test:
-            start, script = out_dir / "chat.npz", main
-        flags = [f"--{n}={getattr(cfg, n)}" for n in ("data_dir", "out_dir", "seed") if n in given]
-        make_if_missing(start, script, flags)
-    if not cfg.resume:
-        cfg = dataclasses.replace(cfg, init=str(start))
-    if dpo:
+    if cfg.resume:
+        state, about, _, tokenizer = gpt.load_checkpoint(path, gpt.PARTS)
+        cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
+    elif dpo:
         unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
-    state, about, _, tokenizer = gpt.load_checkpoint(start, gpt.PARTS[:3 if cfg.resume else 1])
-    cfg = gpt.inherit(cfg, given - {"dpo"}, about, start)
+    own = cfg.pairs or [cfg.dpo] if cfg.pairs or cfg.dpo else []
+    # What is wrong with these is told now, not after a pretraining.
+    records, test = read_records(own, kind), read_records([cfg.eval] if cfg.eval else [])
+    if not cfg.resume:
+        start = start_of(cfg, given, dpo or test and not own)
+        state, about, _, tokenizer = gpt.load_checkpoint(start)
+        cfg = gpt.inherit(dataclasses.replace(cfg, init=start), given, about, start)
     if dpo and cfg.init == str(path):
         raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-    params, test, corrections = state["params"], [], []
-    if cfg.eval or not (cfg.pairs or cfg.dpo):
-        test = read_test(cfg.eval or f"{cfg.data_dir}/qa_test.jsonl")
-    if only_test:
-        grade(params, cfg, tokenizer, test, "now")
+    if test and not (own or dpo or cfg.resume):
+        grade(state["params"], cfg, tokenizer, test, "now")
         return table(test, ["now"])
-    if cfg.dpo == "":
-        corrections = read_corrections(out_dir / "feedback.jsonl")
-        test = test[::3] + [(chosen, {"set": "corrected by a person"}) for chosen, _ in corrections]
-        reference = gpt.load_checkpoint(cfg.init)[0]["params"]
-        pairs = built_in_preferences(cfg, reference, tokenizer)
-        pairs += corrections * (len(pairs) // (2 * len(corrections) + 1))
-        examples = [example_of(pair, tokenizer) for pair in pairs]
-    else:
-        names = [cfg.dpo] if dpo else cfg.pairs or [f"{cfg.data_dir}/qa.jsonl"]
-        examples = read_examples(names, tokenizer, cfg.block_size, PREFERENCE if dpo else ANSWER)
+    corrections = []
+    if not own:
+        test = test or read_records([f"{cfg.data_dir}/qa_test.jsonl"])
+        if dpo:
+            test, corrections = test[::3], corrections_in(out_dir / "feedback.jsonl")
+            before = gpt.load_checkpoint(cfg.init)[0]["params"]
+            records = built_in_preferences(cfg, before, tokenizer)
+            records += corrections * (len(records) // (2 * len(corrections) + 1))
+        else:
+            records = read_records([f"{cfg.data_dir}/qa.jsonl"])
+    test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
+    examples = examples_of(records, tokenizer, cfg.block_size)
     if cfg.show:
         return print("\n".join(show(*a, tokenizer) for e in examples[:cfg.show] for a in e))
-    held = len(examples) // 20 if cfg.pairs or dpo else 0  # not trained on, to measure with
+    held = len(examples) // 20 if own or dpo else 0  # not trained on, to measure with
     tokens = sum(trained.sum() for example in examples for _, trained in example)
     print(f"{len(examples)} examples, {held} of them held out, {tokens} trained tokens")
-    if about["kind"] == "base":  # the roles' ids were reserved, never seen: begin amid the others
-        noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, cfg.n_embd))
-        params["wte"][[USER, ASSISTANT]] = params["wte"].mean(0) + noise
     columns = ["before", "after"] if dpo and not cfg.resume else ["after"]
-    if test and len(columns) == 2:
-        grade(params, cfg, tokenizer, test, "before")
+    if "before" in columns and test:
+        grade(state["params"], cfg, tokenizer, test, "before")
     params = fine_tune(cfg, state, about, tokenizer, examples, held, path)
     if test:
         grade(params, cfg, tokenizer, test, "after")
         table(test, columns)
-    for messages, record in test:
-        if record["set"] == "corrected by a person":
-            print(f"{messages[-2][1]!r}: now {record['said']!r}")
+    for [messages], record, _ in test[len(test) - len(corrections):]:
+        print(f"{messages[-2][1]!r}: now {record['said']!r}")
     print(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 
