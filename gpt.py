@@ -29,9 +29,9 @@ from prepare import begin_log, clock, draw, only_writer, show_progress, whole_fi
 
 # Before jax is imported. Each CPU core becomes a device: small matrix products run faster on one
 # core each than spread over all of them. Apple's jax-metal needs the second line.
-ONE_DEVICE_A_CORE = f"--xla_force_host_platform_device_count={CORES}"
-if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " " + ONE_DEVICE_A_CORE
+flags = os.environ.get("XLA_FLAGS", "")
+if "host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={CORES}"
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")
 
 import jax
@@ -68,12 +68,12 @@ class Config:
     log_every: int = setting(10, "steps between rows of log.csv", low=1)
     data_dir: str = setting("data", "folder with train.bin, val.bin and tokenizer.json")
     out_dir: str = setting("out", "folder for checkpoints and log.csv")
-    init: str = setting("", "checkpoint to take the parameters from", metavar="CKPT")
+    init: str = setting("", "checkpoint to take the parameters from")
     resume: bool = setting(False, "go on from the last checkpoint in out_dir")
     # many devices
     shard_params: bool = setting(False, "split parameters and Adam's moments over the devices")
-    coordinator: str = setting("", "several hosts: address of process 0 (SLURM and Cloud TPU need"
-                               " none)", metavar="HOST:PORT")
+    coordinator: str = setting("", "several hosts: HOST:PORT of process 0 (SLURM and Cloud TPU need"
+                               " none)")
     num_processes: int = setting(1, "several hosts: how many processes there are", low=1)
     process_id: int = setting(0, "several hosts: which of them this one is, from 0")
     vocab_size: int = 0  # the tokenizer's, not a flag
@@ -271,25 +271,28 @@ def loss(params, batch, key, cfg):
 # ---------------------------------------------------------------- bfloat16: skip it at first
 
 
+def rounded(a, b, axes):
+    """A product of numbers rounded to bfloat16, summed in float32."""
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.tensordot(a, b, axes, preferred_element_type=np.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rounded_matmul(x, w, axis):
-    """matmul of numbers rounded to bfloat16, summed in float32. The only gradient that is written
-    by hand: jax.grad would multiply bfloat16 by float32, which is no faster than float32."""
-    return rounded_forward(x, w, axis)[0]
+    """matmul in bfloat16. The only gradient that is written by hand: jax.grad would multiply
+    bfloat16 by float32, which is no faster than float32."""
+    return rounded(x, w, (-1, axis))
 
 
 def rounded_forward(x, w, axis):
-    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return jnp.tensordot(x, w, (-1, axis), preferred_element_type=np.float32), (x, w)
+    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
 
 
 def rounded_backward(axis, saved, dy):
     x, w = saved
-    dy = dy.astype(jnp.bfloat16)
-    dx = jnp.tensordot(dy, w, (-1, 1 - axis), preferred_element_type=np.float32)
-    tokens = list(range(x.ndim - 1))  # all axes but the last: dw is a sum over them
+    tokens = list(range(x.ndim - 1))  # all axes but the last: the gradient of w is a sum over them
     a, b = (x, dy) if axis == 0 else (dy, x)
-    return dx, jnp.tensordot(a, b, (tokens, tokens), preferred_element_type=np.float32)
+    return rounded(dy, w, (-1, 1 - axis)), rounded(a, b, (tokens, tokens))
 
 
 rounded_matmul.defvjp(rounded_forward, rounded_backward)
@@ -303,13 +306,13 @@ def learning_rate(step, cfg):
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
     part = (step - warmup) / max(1.0, cfg.max_steps - warmup)
-    return cfg.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * part)))
+    return cfg.learning_rate * (0.525 + 0.475 * math.cos(math.pi * part))
 
 
 def new_state(params):
     """What a step changes: parameters, and Adam's means of the gradient (m) and its square (v)."""
-    m, v = (jax.tree.map(np.zeros_like, params) for _ in range(2))
-    return {"params": params, "m": m, "v": v}
+    zeros = jax.tree.map(np.zeros_like, params)
+    return {"params": params, "m": zeros, "v": zeros}
 
 
 def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
@@ -451,10 +454,9 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     likeliest, top_p the fewest that together have probability p (arXiv 1904.09751); the penalty
     lowers tokens that are in `history` already (arXiv 1909.05858)."""
     logits = np.array(logits, np.float64)
-    if repetition_penalty != 1 and len(history):
+    if repetition_penalty != 1:
         seen = np.unique(history)
-        lower = np.where(logits[seen] > 0, 1 / repetition_penalty, repetition_penalty)
-        logits[seen] *= lower
+        logits[seen] *= np.where(logits[seen] > 0, 1 / repetition_penalty, repetition_penalty)
     if temperature == 0:
         return int(logits.argmax())
     order = np.argsort(-logits, kind="stable")[: top_k or None]
@@ -528,18 +530,18 @@ def save_checkpoint(path, state, about, keep=False):
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
-PARTS = ("params", "m", "v")  # of a state; who goes on with training needs all of them
-
-
-def load_checkpoint(path, parts=PARTS[:1]):
-    """-> (state with these parts, about, settings, tokenizer), all of it checked."""
+def load_checkpoint(path, whole=False):
+    """-> (state, about, settings, tokenizer), all of it checked; to go on with training the state
+    has to be whole, for everything else its "params" will do."""
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             config = about["config"]
             known = {f.name for f in dataclasses.fields(Config)} & config.keys()
             cfg = Config(**{name: config[name] for name in known})
-            state = {part: init_params(cfg) for part in parts}
+            state = {"params": init_params(cfg)}
+            if whole:
+                state = new_state(state["params"])
             found = [file[name] for name in named_leaves(state)]
         for (name, like), a in zip(named_leaves(state).items(), found):
             if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
@@ -566,16 +568,13 @@ def inherit(cfg, given, about, path):
 
 # ---------------------------------------------------------------- training loop
 
-LOGS = {"base": "log.csv", "chat": "log_sft.csv", "dpo": "log_dpo.csv"}
-
-
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
     batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
     done, rows, times, began = about["step"], about["log"], [], time.time() - about["seconds"]
     chief, home = jax.process_index() == 0, homes(state, cfg)
-    log_path = path.with_name(LOGS[path.stem])
+    log_path = path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
     step, state = make_step(objective, batch_at, cfg, home), jax.tree.map(put, state, home)
     gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
@@ -684,7 +683,7 @@ def main(argv):
     path = pathlib.Path(cfg.out_dir, "base.npz")
     start = path if cfg.resume else cfg.init
     if start:
-        state, about, *_ = load_checkpoint(start, PARTS if cfg.resume else PARTS[:1])
+        state, about, *_ = load_checkpoint(start, cfg.resume)
         cfg = inherit(cfg, given, about, start)
     data_dir = pathlib.Path(cfg.data_dir)
     if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):

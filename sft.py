@@ -272,10 +272,13 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
 
     `anchor` times the loss per token of the chosen answer is added: its probability would otherwise
     fall along with that of the rejected one (arXiv 2404.19733)."""
-    x, y, w, reference = batch
+    x, y, w, reference, *replayed = batch
     logp = log_probs(params, x, y, w, cfg)
     chosen, rejected = (cfg.beta * (logp - reference)).T
     loss = -jax.nn.log_sigmoid(chosen - rejected) - anchor * logp[:, 0] / w[:, 0].sum(-1)
+    if replayed:
+        nats, tokens = gpt.loss(params, replayed, key, cfg)
+        loss += nats / tokens
     return loss.sum(), jnp.float32(len(x))
 
 
@@ -368,9 +371,9 @@ def fine_tune(cfg, state, about, tokenizer, examples, held, path):
     if dpo:
         before = gpt.load_checkpoint(cfg.init)[0]["params"]
         reference = log_probs_of(examples, before, cfg)
-    else:
-        replay, validate = read_replay(cfg, tokenizer)
-        old = round(cfg.batch_size * cfg.replay) * (replay is not None)
+    replay, validate = read_replay(cfg, tokenizer)
+    if replay is not None:
+        old = round(cfg.batch_size * cfg.replay)
 
     def batch_from(some):
         batch = batch_of([examples[i] for i in some], T)
@@ -381,6 +384,8 @@ def fine_tune(cfg, state, about, tokenizer, examples, held, path):
         batch = batch_from(held + order)
         if old:
             replayed = gpt.random_batch(replay, old, T, cfg.seed, number)
+            if dpo:
+                return [*batch, *replayed]
             batch = [np.concatenate([a, b[:, None]]) for a, b in zip(batch, replayed)]
         return batch
 
@@ -389,8 +394,6 @@ def fine_tune(cfg, state, about, tokenizer, examples, held, path):
         total, number = np.sum(jax.device_get(sums), axis=0)
         return float(total / number)
 
-    if dpo:
-        validate = lambda params: (held_out_loss(params) if held else "", "")
     data = zlib.crc32(b"".join(ids.tobytes() for example in examples for ids, _ in example))
     if cfg.resume and about["data"] != data:
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
@@ -433,7 +436,7 @@ def main(argv):
     if dpo and cfg.pairs:
         raise InputError(f"{cfg.pairs[0]}: preferences go behind --dpo; PAIRS are for fine-tuning")
     if cfg.resume:
-        state, about, _, tokenizer = gpt.load_checkpoint(path, gpt.PARTS)
+        state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
         unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
@@ -458,6 +461,8 @@ def main(argv):
             before = gpt.load_checkpoint(cfg.init)[0]["params"]
             records = built_in_preferences(cfg, before, tokenizer)
             records += corrections * (len(records) // (2 * len(corrections) + 1))
+            stale = {rejected[-1][1] for (_, rejected), *_ in corrections} - {DONT_KNOW}
+            test = [t for t in test if t[0][0][-1][1] not in stale]
         else:
             records = read_records([f"{cfg.data_dir}/qa.jsonl"])
     test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
