@@ -9,8 +9,9 @@ reading text, writing tokens, main; the small helpers that all scripts share com
 import sys
 
 if sys.version_info < (3, 10):
-    sys.exit("error: this Python is too old; python3.13 -m venv .venv makes an environment of a"
-             " newer one (3.10 at least)")
+    print("error: this Python is too old; python3.13 -m venv .venv makes an environment of a newer"
+          " one (3.10 at least)", file=sys.stderr)
+    sys.exit(2)
 
 import argparse
 import bz2
