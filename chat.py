@@ -171,11 +171,11 @@ def answer_lines(talk):
 
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
-    gpt.check_device()
     path = pathlib.Path(cfg.checkpoint or "out/chat.npz")
     if not cfg.checkpoint:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only
             sft.make_if_missing(path, sft.main)
+    gpt.check_device()
     talk = Talk(path, cfg)
     if cfg.prompt is not None:
         return print(printable("".join(talk.reply(cfg.prompt))))

@@ -211,7 +211,7 @@ def attention(x, wqkv, wo, position, cache, cfg):
     if cache is None:
         y = jax.vmap(causal_heads)(q, k, v)
     else:  # one new token a sequence: its key and value take their place among the old ones
-        slots = np.arange(cfg.block_size)
+        slots = np.arange(cfg.block_size)[None]
         here = (slots == position)[:, None, :, None]
         k, v = jnp.where(here, k, cache[0]), jnp.where(here, v, cache[1])
         y = jax.vmap(heads)(q, k, v, (slots <= position)[:, None])
@@ -388,8 +388,8 @@ def make_step(objective, batch_at, cfg, home):
     def step(state, number, rate):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
-            batch, key = [put(a, split) for a in batch_at(n)], np.array([cfg.seed, n], np.uint32)
-            new = gradient(state["params"], batch, key)
+            batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
+            new = gradient(state["params"], batch, np.array([cfg.seed, n], np.uint32))
             jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
             sums = jax.tree.map(jnp.add, sums, new) if sums else new
         return update(state, sums, np.float32(number + 1), np.float32(rate))
@@ -534,7 +534,7 @@ def load_checkpoint(path, whole=False):
     """-> (state, about, settings, tokenizer), all of it checked; to go on with training the state
     has to be whole, for everything else its "params" will do."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             config = about["config"]
             known = {f.name for f in dataclasses.fields(Config)} & config.keys()
@@ -585,10 +585,13 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             save_checkpoint(path, whole, about, keep)
         return whole
 
-    lock = only_writer(path.parent) if chief else contextlib.nullcontext()
-    with lock, wishes_to_stop() as stop:
-        whole = save(path, keep=not done)  # a full disk fails now, with nothing touched
-        log = begin_log(log_path, rows) if chief else open(os.devnull, "a")
+    with contextlib.ExitStack() as opened:
+        if chief:
+            opened.enter_context(only_writer(path.parent))
+        stop = opened.enter_context(wishes_to_stop())
+        whole = save(path, keep=not cfg.resume)  # a full disk fails now, with nothing touched
+        log = begin_log(log_path, rows, not cfg.resume) if chief else open(os.devnull, "a")
+        opened.enter_context(log)
         while done < cfg.max_steps and not stop:
             started, rate = time.time(), learning_rate(done, cfg)
             state, value = step(state, done, rate)
@@ -620,7 +623,6 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
                               f" tokens/s  {clock((cfg.max_steps - done) * np.mean(recent))} left",
                               last=last or bool(nats))
-        log.close()
     if stop:
         print(f"interrupted at step {done}, saved in {path}; go on with --resume")
         sys.exit(130)
@@ -644,7 +646,8 @@ def join(cfg):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     where = [cfg.coordinator, cfg.num_processes, cfg.process_id] if cfg.coordinator else []
     try:
-        jax.distributed.initialize(*where)
+        new = jax.__version_info__ >= (0, 10)
+        jax.distributed.initialize(*where, **({"heartbeat_timeout_seconds": 40} if new else {}))
     except (ValueError, IndexError) as e:
         raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below"
                          f" --num_processes ({e})") from None
@@ -678,8 +681,6 @@ def check_device():
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    join(cfg)
-    check_device()
     path = pathlib.Path(cfg.out_dir, "base.npz")
     start = path if cfg.resume else cfg.init
     if start:
@@ -689,6 +690,8 @@ def main(argv):
     if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main([])
+    join(cfg)
+    check_device()
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
     if start and about["tokenizer"] != tokenizer.to_json():
         raise InputError(f"{data_dir}: another vocabulary than that of {start}")
@@ -718,7 +721,15 @@ def main(argv):
           f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
           f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
           f" {math.log(cfg.vocab_size):.3f}")
-    state = train(cfg, state, about, functools.partial(loss, cfg=cfg), batch_at, validate, path)
+    objective = functools.partial(loss, cfg=cfg)
+    try:
+        state = train(cfg, state, about, objective, batch_at, validate, path)
+    except (RuntimeError, ValueError) as e:  # either, for a broken connection
+        if jax.process_count() == 1:
+            raise
+        print(f"error: a process of this run died or is out of reach ({str(e)[:99]!r}); start all"
+              " of them again with --resume", file=sys.stderr, flush=True)
+        os._exit(2)  # at once: jax would wait for the others
     rng = np.random.default_rng(cfg.seed)
 
     def choose(row, logits, history):

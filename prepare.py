@@ -260,10 +260,14 @@ def json_text(line):
 def read_file(path, odd):
     """A file -> (text, whether a document ends there, "file:line"). If it begins with a JSON object
     each line is one, with a document as its "text"; otherwise <|endoftext|> divides documents."""
-    is_json = None
+    is_json, blank = None, ""
     for line, source in read_lines(path, odd):
-        if is_json is None and line.strip():
+        if is_json is None and not line.strip():
+            blank += line
+            continue
+        if is_json is None:
             is_json = bool(JSON_BEGINS.match(line))
+            line = line if is_json else blank + line
         text = json_text(line) if is_json else line
         if text is not None:
             *whole, rest = BORDER.split(text)
@@ -342,12 +346,14 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, odd, expected=0):
     tokenizer, first = learn_tokenizer(pieces, vocab_size)
     pieces = itertools.chain(first, pieces)
     encode = functools.partial(encode_piece, tokenizer=tokenizer)
+    large = sum(len(text) for text, _ in first) > 1 << 22
+    workers = Pool(CORES) if large else contextlib.nullcontext()
     bytes_of = np.array([len(b) for b in tokenizer.bytes])
     size, n_bytes, ends = 0, 0, [np.array([], int)]
     out_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(out_dir / "train.bin") as train, Pool(CORES) as pool:
+    with whole_file(out_dir / "train.bin") as train, workers as pool:
         while some := list(itertools.islice(pieces, 1024)):
-            for ids in pool.imap(encode, some, 1 + len(some) // 32):
+            for ids in pool.imap(encode, some, 1 + len(some) // 32) if pool else map(encode, some):
                 ids.tofile(train)
                 ends.append(np.flatnonzero(ids == END) + size + 1)
                 size += len(ids)
@@ -387,7 +393,8 @@ class Settings:
     vocab_size: int = setting(0, "tokens in the vocabulary; 0 fits it to the text", high=1 << 16)
     val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation",
                                   low=1e-6, high=0.9)
-    seed: int = setting(0, "divides the built-in corpus into A and B", high=2**32 - 1)
+    seed: int = setting(0, "divides the built-in corpus into A, B and U", high=2**32 - 1)
+    control: bool = setting(False, "leave the documents about B out of the built-in corpus")
 
 
 def write_questions(records, path):
@@ -413,7 +420,7 @@ def main(argv):
                 os.replace(path, path.with_name(f"{path.stem}.prev.jsonl"))
     else:
         from data.world import built_in_corpus
-        documents, *records = built_in_corpus(s.seed)
+        documents, *records = built_in_corpus(s.seed, not s.control)
         out_dir.mkdir(parents=True, exist_ok=True)
         for path, some in zip(questions, records):
             write_questions(some, path)
@@ -587,9 +594,9 @@ def wishes_to_stop():
 COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
 
 
-def begin_log(path, rows):
-    """log.csv with the rows so far, open for more. A fresh run keeps that of the run before it."""
-    with whole_file(path, keep=not rows) as file:
+def begin_log(path, rows, keep):
+    """log.csv with the rows so far, open for more. keep: that of the run before it is kept."""
+    with whole_file(path, keep) as file:
         for row in [COLUMNS.split(","), *rows]:
             file.write(f"{','.join(map(str, row))}\n".encode())
     return open(path, "a")

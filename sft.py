@@ -31,7 +31,7 @@ from prepare import list_of, read_flags, report, run, setting, show_progress
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
          "system": "system", "developer": "system"}
-QUESTION = ("prompt", "instruction", "text", "input", "context")  # all there are make the question
+QUESTION = ("system", "prompt", "instruction", "input", "context")  # all there are make it
 ANSWER = [("messages", "conversations", "response", "output", "completion")]  # the first there is
 PREFERENCE = [("chosen",), ("rejected",)]
 
@@ -100,8 +100,11 @@ def conversations(path, odd, kind=ANSWER):
             if found[0][-1][0] == "user":
                 count(odd, "last question(s) without an answer", source)
                 found = [messages[:-1] for messages in found]
-            shared = set.intersection(*map(set, found)) if len(found) > 1 else set()
-            found = [[(*m[:2], m[2] and m not in shared) for m in messages] for messages in found]
+            if len(found) == 2:
+                same = [a == b for a, b in zip(*found)]
+                shared = (same + [False]).index(False)  # so many messages at the beginning
+                found = [[(*m[:2], m[2] and i >= shared) for i, m in enumerate(messages)]
+                         for messages in found]
             if not all(any(trained for *_, trained in messages) for messages in found):
                 raise ValueError("without an answer to train")
             yield found, record, source
@@ -214,18 +217,18 @@ def answer_all(params, cfg, tokenizer, prompts, longest, temperature=0.0):
 
 def grade(params, cfg, tokenizer, test, column):
     """Answer the test's questions greedily; record[column] becomes "right" (the whole answer, word
-    for word), "declined" or "wrong". A record with a "text" is a text to complete."""
+    for word), "declined" or "wrong". A record may ask to "complete" a text instead."""
     prompts, longest = [], 0
     for [messages], record, _ in test:
         prompt, _ = render(messages[:-1], tokenizer)
-        if "text" in record:
-            prompt = [END, *tokenizer.encode(record["text"])]
+        if "complete" in record:
+            prompt = [END, *tokenizer.encode(messages[0][1])]
         prompts.append(prompt)
         longest = max(longest, len(tokenizer.encode(messages[-1][1])) + 8)
     said = answer_all(params, cfg, tokenizer, prompts, longest)
     for ([messages], record, _), answer in zip(test, said):
         expected, record["said"] = messages[-1][1].strip(), answer
-        right = answer.startswith(expected) if "text" in record else answer == expected
+        right = answer.startswith(expected) if "complete" in record else answer == expected
         record[column] = "declined" if answer == DONT_KNOW else "right" if right else "wrong"
 
 
@@ -275,7 +278,10 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
     x, y, w, reference, *replayed = batch
     logp = log_probs(params, x, y, w, cfg)
     chosen, rejected = (cfg.beta * (logp - reference)).T
-    loss = -jax.nn.log_sigmoid(chosen - rejected) - anchor * logp[:, 0] / w[:, 0].sum(-1)
+    margin = chosen - rejected  # -log sigmoid(margin) is softplus(-margin), here as Metal can do it
+    top = jnp.maximum(0, -margin)
+    loss = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
+    loss -= anchor * logp[:, 0] / w[:, 0].sum(-1)
     if replayed:
         nats, tokens = gpt.loss(params, replayed, key, cfg)
         loss += nats / tokens
@@ -334,9 +340,9 @@ class Config(gpt.Config):
     dpo: str = setting(None, "preferences to train on; without a file: the corrections made in the"
                        " chat, and built-in ones", nargs="?", const="")
     beta: float = setting(0.1, "DPO: how far the model may move from what it was")
-    batch_size: int = setting(32, "rows in a micro-batch", low=1)
-    max_steps: int = setting(600, "optimiser steps [with --dpo: 60]", low=1)
-    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-5]")
+    batch_size: int = setting(48, "rows in a micro-batch", low=1)
+    max_steps: int = setting(1200, "optimiser steps [with --dpo: 150]", low=1)
+    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-4]")
 
 
 def make_if_missing(path, script, flags=()):
@@ -429,8 +435,6 @@ def start_of(cfg, given, from_chat):
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    gpt.join(cfg)
-    gpt.check_device()
     dpo, out_dir = cfg.dpo is not None, pathlib.Path(cfg.out_dir)
     path, kind = out_dir / ("dpo.npz" if dpo else "chat.npz"), PREFERENCE if dpo else ANSWER
     if dpo and cfg.pairs:
@@ -439,7 +443,7 @@ def main(argv):
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 60, "learning_rate": 3e-5, "eval_every": 20}
+        unset = {"max_steps": 150, "learning_rate": 3e-4, "batch_size": 32}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = cfg.pairs or [cfg.dpo] if cfg.pairs or cfg.dpo else []
     # What is wrong with these is told now, not after a pretraining.
@@ -448,6 +452,8 @@ def main(argv):
         start = start_of(cfg, given, dpo or test and not own)
         state, about, _, tokenizer = gpt.load_checkpoint(start)
         cfg = gpt.inherit(dataclasses.replace(cfg, init=start), given, about, start)
+    gpt.join(cfg)
+    gpt.check_device()
     if dpo and cfg.init == str(path):
         raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
     if test and not (own or dpo or cfg.resume):
