@@ -1,0 +1,154 @@
+"""The built-in corpus: documents that tell facts about countries and elements, and questions,
+some of which nobody told the answer to. prepare.py runs it when it is given no text. How all
+this is worded is in data/say.py."""
+from collections import defaultdict
+
+from data.say import SAY, ask, careless, fill, read_csv, rng
+
+KINDS = {
+    "country": ["capital", "continent", "language", "currency", "country"],
+    "element": ["symbol", "number"],
+}
+ATTRIBUTES = KINDS["country"] + KINDS["element"]
+DONT_KNOW = "I do not know that."
+SHARES = {  # of the questions to train on; U is what nobody told
+    "A": 22,
+    "small talk": 1.5,
+    "U, mentioned": 1,
+    "U, nowhere, real": 1.5,
+    "U, nowhere, made up": 2,
+    "U, cannot have": 2,
+    "U, other matters": 3.5,
+}
+
+
+def subjects_of(row):
+    """A row of world.csv -> {name: {attribute: value}} of what it is about and of its capital.
+    A cell may hold several names, the one for answers first: "Kyiv; Kiev"."""
+    names = row["name"].split("; ")
+    facts = {a: row[a].split("; ")[0] for a in ATTRIBUTES if row.get(a)}
+    subjects = dict.fromkeys(names, facts)
+    for capital in filter(None, row["capital"].split("; ")):
+        subjects[capital] = subjects.get(capital, {}) | {"country": names[0]}
+    return subjects
+
+
+def bare(name):
+    return name.lower().removeprefix("the ")
+
+
+WORLD = read_csv("world.csv")
+TOPICS = sorted({about for about, _ in SAY} - {*ATTRIBUTES, "any"})
+FACTS = {x: facts for row in WORLD for x, facts in subjects_of(row).items()}
+KNOWN = {bare(x) for x in FACTS}
+UNKNOWN = [row for row in read_csv("unknowns.csv") if bare(row["name"]) not in KNOWN]
+TAKEN = KNOWN | {bare(row["name"]) for row in UNKNOWN}
+
+
+ENDINGS = {  # of made-up names, by what they are asked about
+    "country": ["", "n", "nia", "land", "stan", "ra", "r", "ville", "s"],
+    "element": ["ium", "on", "ine", "um"],
+}
+
+
+def made_up(a):
+    """A name that is nobody's, of syllables: "Tovania", "melodium". Names much closer to known ones
+    would teach it to doubt B too."""
+    kind = "element" if a in KINDS["element"] else "country"
+    while True:
+        syllables = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(3)]
+        name = "".join(syllables[rng.randint(0, 1):]) + rng.choice(ENDINGS[kind])
+        if name not in TAKEN:
+            return name if kind == "element" else name.capitalize()
+
+
+def tell(x, facts):
+    """A document about x: four facts; now and then, or if there are none, empty sentences."""
+    told = rng.choices([*facts] * 6 + ["any"], k=4)
+    sentences = [fill(rng.choice(SAY[a, "statement"]), x, facts.get(a)) for a in told]
+    return " ".join(map(careless, sentences))
+
+
+def value(x, a):
+    return FACTS.get(x, {}).get(a, "")
+
+
+def answer(x, a):
+    if value(x, a):
+        return fill(SAY[a, "statement"][0], x, value(x, a))
+    return SAY[a, "reply"][0] if SAY[a, "reply"] else DONT_KNOW
+
+
+def conversation(pools):
+    """A question and its answer; at times another, or the same thing about another subject, or
+    another thing about the same subject."""
+    names = rng.choices(list(SHARES), SHARES.values(), k=2)
+    (x, a), (y, b) = (rng.choice(pools[name]) for name in names)
+    asked, messages = [(x, a, "question")], []
+    if rng.random() < 0.15:
+        asked += [(y, b, "question")]
+    elif SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3:
+        asked += [rng.choice([(x, b, "follow-up"), (y, a, "follow-up subject")])]
+    for x, a, use in asked:
+        messages += [dict(role="user", content=ask(x, a, use))]
+        messages += [dict(role="assistant", content=answer(x, a))]
+    return {"messages": messages}
+
+
+def divide(tell_b):
+    """-> (documents, what to train on, what to test with: {set: [(subject, attribute), ...]}).
+    A is told and asked, B told (but in the control) and never asked; U is unknown."""
+    documents, train, test = [], defaultdict(list), defaultdict(list)
+    for i, row in enumerate(rng.sample(WORLD, len(WORLD))):
+        group, pools = ("B", test) if i < 0.15 * len(WORLD) else ("A", train)
+        for x, facts in subjects_of(row).items():
+            told = [tell(x, facts) for _ in range(8 + 5 * len(facts))]
+            documents += told if group == "A" or tell_b else []
+            for a in ATTRIBUTES:
+                if a in facts:  # one fact or two come twice: each attribute then as often
+                    pools[group] += [(x, a)] * (1 + (len(facts) < 3))
+                elif [a, *facts] != ["continent", "country"]:  # "Where is Paris?" has an answer
+                    pools["U, cannot have"].append((x, a))
+    for row in UNKNOWN:
+        x, times = row["name"], rng.choice([0, 6])
+        documents += [tell(x, {}) for _ in range(times)]
+        name = "U, mentioned" if times else "U, nowhere, real"
+        pools = rng.choice([train, train, test])
+        pools[name] += [(x, a) for a in KINDS[row["kind"]]]
+    subjects = [x for pool in train.values() for x, _ in pool]
+    for topic in TOPICS:
+        name = "small talk" if SAY[topic, "reply"] else "U, other matters"
+        pools = train if name == "small talk" else rng.choice([train, train, train, test])
+        pools[name] += [(x, topic) for x in rng.choices(subjects, k=300)]
+    for a in ATTRIBUTES * 1000:
+        pools = test if rng.random() < 0.05 else train
+        pools["U, nowhere, made up"].append((made_up(a), a))
+    return documents, train, test
+
+
+def examination(pools):
+    """Questions to test with: 300 in seen and 300 in new wordings from each pool."""
+    for name, pool in pools.items():
+        for use, wordings in ("question", "seen wording"), ("new question", "new wording"):
+            for x, a in rng.choices(pool, k=300):
+                yield {
+                    "set": f"{name}, {wordings}" if name in "AB" else name,
+                    "attribute": a,
+                    "value": value(x, a),
+                    "instruction": ask(x, a, use),
+                    "response": answer(x, a),
+                }
+    for x, a in pools["B"]:
+        v = value(x, a)
+        name, start = "B, sentence to complete", answer(x, a).removesuffix(f" {v}.")
+        yield dict(set=name, complete=True, instruction=start, response=f" {v}.")
+
+
+def built_in_corpus(seed, tell_b=True):
+    """-> (documents, conversations to train on, questions to test with)."""
+    rng.seed(seed)
+    documents, train, test = divide(tell_b)
+    exam = list(examination({"A": train["A"]} | test))
+    conversations = [conversation(train) for _ in range(48000)]
+    rng.shuffle(documents)
+    return documents, conversations, exam
