@@ -56,7 +56,7 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(2000, "optimiser steps", low=1)
+    max_steps: int = setting(3000, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(4e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps")
