@@ -158,8 +158,8 @@ def examples_of(records, tokenizer, T):
         else:
             examples.append([(np.array(ids, "<u2"), np.array(trained)) for ids, trained in rendered])
     if not examples:
-        raise InputError(f"no example fits the context of {T} tokens; a base needs a larger"
-                         " --block_size")
+        raise InputError(f"no example fits the context of {T} tokens ({len(records)} do not); a"
+                         " base needs a larger --block_size")
     report(odd)
     return examples
 
@@ -312,7 +312,10 @@ def corrections_in(path):
 def built_in_preferences(cfg, params, tokenizer, n=300):
     """Records of the built-in questions: where the answer is known it is chosen and "I do not know
     that." rejected; where it is not, that, and what the model makes up."""
-    found = [m for [m], *_ in conversations(f"{cfg.data_dir}/qa.jsonl", {}) if len(m) == 2]
+    path = pathlib.Path(cfg.data_dir, "qa.jsonl")
+    if not path.exists():  # the model is of somebody's own text
+        return []
+    found = [m for [m], *_ in conversations(path, {}) if len(m) == 2]
     some = [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:n]]
     prompts = [render(messages[:1], tokenizer)[0] for messages in some]
     said = answer_all(params, cfg, tokenizer, prompts, cfg.block_size // 2, temperature=1.2)
@@ -461,12 +464,14 @@ def main(argv):
         return table(test, ["now"])
     corrections = []
     if not own:
-        test = test or read_records([f"{cfg.data_dir}/qa_test.jsonl"])
+        questions = pathlib.Path(cfg.data_dir, "qa_test.jsonl")
+        if questions.exists() and not test:
+            test = read_records([questions])
         if dpo:
             test, corrections = test[::3], corrections_in(out_dir / "feedback.jsonl")
             before = gpt.load_checkpoint(cfg.init)[0]["params"]
             records = built_in_preferences(cfg, before, tokenizer)
-            records += corrections * (len(records) // (2 * len(corrections) + 1))
+            records += corrections * (1 + len(records) // (2 * len(corrections) + 1))
             stale = {rejected[-1][1] for (_, rejected), *_ in corrections} - {DONT_KNOW}
             test = [t for t in test if t[0][0][-1][1] not in stale]
         else:

@@ -39,8 +39,7 @@ import sft
 from data.world import built_in_corpus
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
 
-pytestmark = [  # deprecations too; the pool of prepare.py forks
-    pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:os.fork")]
+pytestmark = pytest.mark.filterwarnings("error")  # deprecations too
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)  # its gain alone meets more dimensions
 tree, replace = jax.tree, dataclasses.replace
