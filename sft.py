@@ -309,23 +309,24 @@ def corrections_in(path):
     return list(last.values())
 
 
-def built_in_preferences(cfg, params, tokenizer, n=300):
+def built_in_preferences(cfg, params, tokenizer, n=2000):
     """Records of the built-in questions: where the answer is known it is chosen and "I do not know
-    that." rejected; where it is not, that, and what the model makes up."""
+    that." rejected; where it is not, that is chosen and rejected what the model makes up or, if it
+    makes up nothing, the answer to another question."""
     path = pathlib.Path(cfg.data_dir, "qa.jsonl")
     if not path.exists():  # the model is of somebody's own text
         return []
     found = [m for [m], *_ in conversations(path, {}) if len(m) == 2]
     some = [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:n]]
-    prompts = [render(messages[:1], tokenizer)[0] for messages in some]
+    known = [m for m in some if m[1][1] != DONT_KNOW]
+    unknown = [m for m in some if m[1][1] == DONT_KNOW]
+    prompts = [render(messages[:1], tokenizer)[0] for messages in unknown]
     said = answer_all(params, cfg, tokenizer, prompts, cfg.block_size // 2, temperature=1.2)
-    records = []
-    for (question, answer), invented in zip(some, said):
-        rejected = invented if answer[1] == DONT_KNOW else DONT_KNOW
-        if rejected.strip() and rejected != answer[1]:
-            pair = [[question, answer], [question, ("assistant", rejected, True)]]
-            records.append((pair, {}, ""))
-    return records
+    others = itertools.cycle(answer for _, (_, answer, _) in known)
+    invented = [next(others) if text.strip() in ("", DONT_KNOW) else text for text in said]
+    pairs = zip(known + unknown, [DONT_KNOW] * len(known) + invented)
+    return [([[question, answer], [question, ("assistant", text, True)]], {}, "")
+            for (question, answer), text in pairs]
 
 
 # ---------------------------------------------------------------- main
@@ -345,7 +346,7 @@ class Config(gpt.Config):
     beta: float = setting(0.1, "DPO: how far the model may move from what it was")
     batch_size: int = setting(48, "rows in a micro-batch", low=1)
     max_steps: int = setting(1200, "optimiser steps [with --dpo: 150]", low=1)
-    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-4]")
+    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 2e-4]")
 
 
 def make_if_missing(path, script, flags=()):
@@ -446,7 +447,7 @@ def main(argv):
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 150, "learning_rate": 3e-4, "batch_size": 32}
+        unset = {"max_steps": 150, "learning_rate": 2e-4, "batch_size": 32}
         cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = cfg.pairs or [cfg.dpo] if cfg.pairs or cfg.dpo else []
     # What is wrong with these is told now, not after a pretraining.
@@ -468,7 +469,7 @@ def main(argv):
         if questions.exists() and not test:
             test = read_records([questions])
         if dpo:
-            test, corrections = test[::3], corrections_in(out_dir / "feedback.jsonl")
+            test, corrections = test[::6], corrections_in(out_dir / "feedback.jsonl")
             before = gpt.load_checkpoint(cfg.init)[0]["params"]
             records = built_in_preferences(cfg, before, tokenizer)
             records += corrections * (1 + len(records) // (2 * len(corrections) + 1))
