@@ -36,7 +36,7 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
-from multiprocessing import Pool
+from multiprocessing import get_context
 
 import numpy as np
 
@@ -347,7 +347,7 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, odd, expected=0):
     pieces = itertools.chain(first, pieces)
     encode = functools.partial(encode_piece, tokenizer=tokenizer)
     large = sum(len(text) for text, _ in first) > 1 << 22
-    workers = Pool(CORES) if large else contextlib.nullcontext()
+    workers = get_context("spawn").Pool(CORES) if large else contextlib.nullcontext()
     bytes_of = np.array([len(b) for b in tokenizer.bytes])
     size, n_bytes, ends = 0, 0, [np.array([], int)]
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -454,7 +454,7 @@ def run(main, argv=None):
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "r+")  # it may have been closed
         setattr(sys, name, stream)
-        if hasattr(stream, "reconfigure"):
+        with contextlib.suppress(AttributeError, OSError):  # a notebook's cannot, one half read
             stream.reconfigure(errors="replace")
     try:
         return main(sys.argv[1:] if argv is None else argv)
