@@ -58,7 +58,8 @@ class Talk:
     def __init__(self, path, cfg):
         state, about, self.model, self.tokenizer = gpt.load_checkpoint(path)
         self.params, self.answers, self.messages = state["params"], about["kind"] == "chat", []
-        self.generate, self.feedback = gpt.make_generator(self.model), path.parent / "feedback.jsonl"
+        self.generate = gpt.make_generator(self.model)
+        self.feedback = path.with_name("feedback.jsonl")
         self.set(cfg)
         base = path.with_name("base.npz")
         if self.answers and base.exists():

@@ -469,7 +469,7 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
 
 
 def make_generator(cfg):
-    """-> generate(params, prompts, choose, max_new_tokens), compiled once for prompts of any length.
+    """-> generate(params, prompts, choose, max_new_tokens), compiled once for all prompts.
 
     prompts: lists of ids; choose(row, logits (V,), ids in the context) -> id. Yields after each
     step the list of new ids, None for a row that said END before. A row that fills the context

@@ -175,7 +175,8 @@ class Tokenizer:
             assert data["special"] == SPECIAL
             return cls([(a, b) for a, b, _ in data["merges"]])
         except (ValueError, TypeError, LookupError, AssertionError):
-            raise InputError(f"{source}: not a tokenizer that prepare.py wrote; run it again") from None
+            raise InputError(f"{source}: not a tokenizer written by prepare.py;"
+                             " run prepare.py again") from None
 
 
 # ---------------------------------------------------------------- reading text
@@ -224,8 +225,8 @@ def read_lines(path, odd):
 
 
 def files_in(path):
-    """A file -> itself; a folder -> the text files in it and below, in order of their names, without
-    hidden ones and virtual environments. A name without a suffix may hold JSON lines."""
+    """A file -> itself; a folder -> the text files in it and below, in order of their names,
+    without hidden ones and virtual environments. A name without a suffix may hold JSON lines."""
     os.stat(path if path != "-" else ".")  # what is missing is an error now, not later
     if not os.path.isdir(path):
         return [path]
@@ -570,9 +571,9 @@ def only_writer(folder):
         try:
             lock.execute("begin exclusive")
         except sqlite3.OperationalError as e:
-            raise InputError(f"{folder}: {e}, as by a program that trains there; wait for it or take"
-                             f" another --out_dir (python chat.py {folder}/base.npz talks to what it"
-                             " saved last)") from None
+            raise InputError(f"{folder}: {e}, as by a program that trains there; wait for it or"
+                             f" take another --out_dir (python chat.py {folder}/base.npz talks to"
+                             " what it saved last)") from None
         yield
 
 

@@ -156,7 +156,7 @@ def examples_of(records, tokenizer, T):
         if max(len(ids) for ids, _ in rendered) > T:
             count(odd, f"record(s) longer than the context of {T} tokens", source)
         else:
-            examples.append([(np.array(ids, "<u2"), np.array(trained)) for ids, trained in rendered])
+            examples.append([(np.array(ids, "<u2"), np.array(mask)) for ids, mask in rendered])
     if not examples:
         raise InputError(f"no example fits the context of {T} tokens ({len(records)} do not); a"
                          " base needs a larger --block_size")
