@@ -570,6 +570,9 @@ def inherit(cfg, given, about, path):
 
 # ---------------------------------------------------------------- training loop
 
+SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
+
+
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
@@ -626,7 +629,8 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                               f" tokens/s  {clock((cfg.max_steps - done) * np.mean(recent))} left",
                               last=last or bool(nats))
     if stop:
-        print(f"interrupted at step {done}, saved in {path}; go on with --resume")
+        print(f"interrupted at step {done}, saved in {path}; go on with: python"
+              f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
         sys.exit(130)
     draw([row[1] for row in rows])
     losses = [row[2] for row in rows if row[2]]
