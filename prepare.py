@@ -440,8 +440,9 @@ def available_cores():
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError, ValueError):
-        if sys.platform == "darwin":  # an Intel Mac does not know the name
-            return int(subprocess.check_output(["sysctl", "-n", "hw.perflevel0.logicalcpu"]))
+        if sys.platform == "darwin":  # an Intel Mac does not know the name and prints nothing
+            fast = ["sysctl", "-n", "hw.perflevel0.logicalcpu"]
+            return int(subprocess.run(fast, capture_output=True).stdout)
         quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores

@@ -164,14 +164,14 @@ def examples_of(records, tokenizer, T):
     return examples
 
 
-def show(ids, trained, tokenizer):
+def show(example, trained, tokenizer):
     """The example as text; what is trained stands out."""
     on, off = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
     text = ""
-    for (marked, special), run in itertools.groupby(zip(ids, trained), lambda pair: (
+    for (marked, special), part in itertools.groupby(zip(example, trained), lambda pair: (
             pair[1], pair[0] < len(SPECIAL))):
-        run = [id for id, _ in run]  # decoded together: a character may be several tokens
-        words = "".join(SPECIAL[id] for id in run) if special else printable(tokenizer.decode(run))
+        ids = [id for id, _ in part]  # decoded together: a character may be several tokens
+        words = "".join(SPECIAL[id] for id in ids) if special else printable(tokenizer.decode(ids))
         text += f"{on}{words}{off}" if marked else words
     return text.replace(off + on, "")
 
