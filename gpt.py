@@ -4,13 +4,10 @@
     python gpt.py --n_layer 6 --learning_rate 2e-3
     python gpt.py --resume         # goes on after Ctrl-C or a power cut
 
-Read it from top to bottom: settings, parameters, layers, model, loss, optimiser, step, batches,
-generation, checkpoints, the training loop, main. Three ideas carry it: one attention head is
-written for one sequence and jax.vmap makes all heads of all sequences of it; jax.grad derives the
-backward pass; jax.jit compiles. In the shapes of arrays
-
-    B batch   T time (tokens)   S time of keys and values   V vocabulary
-    C width   H heads   D = C / H
+Read it from top to bottom. Three ideas carry it: one attention head is written for one sequence
+and jax.vmap makes all heads of all sequences of it; jax.grad derives the backward pass; jax.jit
+compiles. In shapes: B batch, T time (tokens), S time of keys and values, V vocabulary, C width,
+H heads, D = C / H.
 """
 import contextlib
 import dataclasses
@@ -28,10 +25,9 @@ from prepare import CORES, END, InputError, Tokenizer, printable, read_flags, ru
 from prepare import begin_log, clock, draw, only_writer, show_progress, whole_file, wishes_to_stop
 
 # Before jax is imported. Each CPU core becomes a device: small matrix products run faster on one
-# core each than spread over all of them. Apple's jax-metal needs the second line.
+# core each than spread over all of them. Apple's jax-metal needs the rest.
 flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={CORES}"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CORES} {flags}"
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")
 if os.environ.get("JAX_PLATFORMS", "").lower() in ("metal", "mps"):
     os.environ["JAX_PLATFORMS"] += ",cpu"  # it checks the GPU, see check_device
@@ -39,11 +35,10 @@ if os.environ.get("JAX_PLATFORMS", "").lower() in ("metal", "mps"):
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---------------------------------------------------------------- settings: each is a flag
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -53,15 +48,15 @@ class Config:
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1)
     block_size: int = setting(64, "context: tokens the model sees at once", low=1)
     dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
-    dtype: str = setting("auto", "of products with weights; auto: bfloat16 on a CPU that is fast"
-                         " at it, else float32", choices=["auto", "float32", "bfloat16"])
+    dtype: str = setting("auto", "of products with weights; auto: bfloat16 on CPUs that have it",
+                         choices=["auto", "float32", "bfloat16"])
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
     max_steps: int = setting(3000, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(4e-3, "at its peak; then along a cosine to 5 % of it")
-    warmup: float = setting(0.05, "steps of linear warm-up; below 1, a part of max_steps")
+    warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
     weight_decay: float = setting(0.6, "of matrices")
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
     seed: int = setting(0, "of parameters, batches and dropout", high=2**32 - 1)
@@ -74,16 +69,16 @@ class Config:
     resume: bool = setting(False, "go on from the last checkpoint in out_dir")
     # many devices
     shard_params: bool = setting(False, "split parameters and Adam's moments over the devices")
-    coordinator: str = setting("", "several hosts: HOST:PORT of process 0 (SLURM and Cloud TPU need"
-                               " none)")
-    num_processes: int = setting(1, "several hosts: how many processes there are", low=1)
-    process_id: int = setting(0, "several hosts: which of them this one is, from 0")
+    coordinator: str = setting("", "HOST:PORT of process 0; SLURM and Cloud TPU need none")
+    num_processes: int = setting(1, "how many processes there are on all hosts", low=1)
+    process_id: int = setting(0, "which of them this one is, from 0")
     vocab_size: int = 0  # the tokenizer's, not a flag
 
 
 MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
-MAY_CHANGE = {"max_steps", "eval_every", "log_every", "data_dir", "out_dir", "init", "resume",
-              "shard_params", "coordinator", "num_processes", "process_id", "pairs", "eval"}
+MAY_CHANGE = {"max_steps", "eval_every", "log_every", "data_dir", "eval", "shard_params",
+              "coordinator", "num_processes", "process_id"}  # on --resume
+SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
 
 
 def device():
@@ -97,21 +92,19 @@ def on_metal():
 
 
 def fast_dtype():
-    """bfloat16 on a CPU that multiplies it natively, as Linux tells. Process 0 decides for all."""
+    """bfloat16 where the CPUs of all processes multiply it natively, as Linux tells."""
     cpu = pathlib.Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
     native = native and jax.__version_info__ >= (0, 10)
-    return "bfloat16" if broadcast_one_to_all(np.int32(native)) else "float32"
+    return "bfloat16" if process_allgather(np.array(native)).all() else "float32"
 
 
 # ---------------------------------------------------------------- parameters: nested dicts
 
-
 def init_params(cfg, rng=None):
     """The parameters as nested dicts of float32 arrays. Matrices that read the residual stream are
-    normal, those that add to it zero: a block begins as the identity.
-
-    rng: NumPy's generator, so that all versions of JAX begin alike; without one all are zero."""
+    normal, those that add to it zero: a block begins as the identity. rng: NumPy's generator, so
+    that all versions of JAX begin alike; without one all matrices are zero."""
     C = cfg.n_embd
 
     def normal(*shape, scale=0.5 / math.sqrt(C)):
@@ -129,13 +122,11 @@ def init_params(cfg, rng=None):
         }
 
     blocks = [block() for _ in range(cfg.n_layer)]
-    # The embedding is the head too: it begins small, so that the first loss is near ln V.
-    wte = normal(cfg.vocab_size, C, scale=0.02)
+    wte = normal(cfg.vocab_size, C, scale=0.02)  # also the head: small, for a first loss near ln V
     return {"wte": wte, "blocks": blocks, "norm": zeros(C) + 1}
 
 
 # ---------------------------------------------------------------- layers: pure functions
-
 
 def lookup(table, ids):
     """table (N, C), ids (...) -> (..., C)."""
@@ -158,7 +149,6 @@ def norm(x, gain):
 
 def rotate(x, position, cfg):
     """Rotary positions (arXiv 2104.09864): x (B, H, T, D), position (B or 1, T) -> like x.
-
     Number i and number i + D/2 make a pair, which is turned by the angle position / 10000^(2i/D):
     the first pair by 1 for each position, the last by hardly anything."""
     half = x.shape[-1] // 2
@@ -191,7 +181,6 @@ QUERIES = 128
 
 def causal_heads(q, k, v):
     """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D).
-
     128 queries at a time, with the keys up to the last of them: half the work of the whole square.
     jax.checkpoint has jax.grad compute the weights again instead of keeping T x T of them."""
     T = q.shape[1]
@@ -209,13 +198,15 @@ def attention(x, wqkv, wo, position, cache, cfg):
     B, T, C = x.shape
     q, k, v = jnp.split(matmul(x, wqkv, cfg), 3, axis=-1)
     q, k, v = (z.reshape(B, T, cfg.n_head, -1).transpose(0, 2, 1, 3) for z in (q, k, v))
-    q, k = rotate(q, position, cfg), rotate(k, position, cfg)  # (B, H, T, D), as v
+    q = rotate(q, position, cfg)  # (B, H, T, D), as k and v
+    k = rotate(k, position, cfg)
     if cache is None:
         y = jax.vmap(causal_heads)(q, k, v)
     else:  # one new token a sequence: its key and value take their place among the old ones
         slots = np.arange(cfg.block_size)[None]
         here = (slots == position)[:, None, :, None]
-        k, v = jnp.where(here, k, cache[0]), jnp.where(here, v, cache[1])
+        k = jnp.where(here, k, cache[0])
+        v = jnp.where(here, v, cache[1])
         y = jax.vmap(heads)(q, k, v, (slots <= position)[:, None])
     return matmul(y.transpose(0, 2, 1, 3).reshape(B, T, C), wo, cfg), (k, v)
 
@@ -226,8 +217,7 @@ def feed_forward(x, w_up, w_down, cfg):
     return matmul(up * up, w_down, cfg)
 
 
-# ---------------------------------------------------------------- model
-
+# ---------------------------------------------------------------- model and loss
 
 def forward(params, tokens, cfg, key=None, position=None, cache=None):
     """tokens (B, T) -> the residual stream after the last block (B, T, C), and the keys and values
@@ -251,9 +241,6 @@ def logits_of(params, x, cfg):
     return matmul(norm(x, params["norm"]), params["wte"], cfg, axis=1)
 
 
-# ---------------------------------------------------------------- loss
-
-
 def token_losses(params, x, y, cfg, key=None):
     """Cross-entropy in nats of each token: x, y (B, T) -> (B, T)."""
     logits = logits_of(params, forward(params, x, cfg, key)[0], cfg)
@@ -262,16 +249,13 @@ def token_losses(params, x, y, cfg, key=None):
 
 
 def loss(params, batch, key, cfg):
-    """Weighted sum of the tokens' losses, and the sum of the weights.
-
-    batch: x, y (B, T) int32, w (B, T) float32. Sums, not a mean: micro-batches and devices with
-    unequal weights then add up to the right gradient."""
+    """x, y (B, T) int32, w (B, T) float32 -> the sum of w times the tokens' losses, that of w. No
+    mean: micro-batches and devices with unequal weights then add up to the right gradient."""
     x, y, w = batch
     return (token_losses(params, x, y, cfg, key) * w).sum(), w.sum()
 
 
 # ---------------------------------------------------------------- bfloat16: skip it at first
-
 
 def rounded(a, b, axes):
     """A product of numbers rounded to bfloat16, summed in float32."""
@@ -299,15 +283,14 @@ def rounded_backward(axis, saved, dy):
 
 rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
-# ---------------------------------------------------------------- optimiser
-
+# ---------------------------------------------------------------- optimiser and step
 
 def learning_rate(step, cfg):
     """Step (from 0) -> linear warm-up, then a cosine from the peak to 5 % of it at max_steps."""
-    warmup = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.max_steps
+    warmup = cfg.warmup * cfg.max_steps
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
-    part = (step - warmup) / max(1.0, cfg.max_steps - warmup)
+    part = (step - warmup) / (cfg.max_steps - warmup)
     return cfg.learning_rate * (0.525 + 0.475 * math.cos(math.pi * part))
 
 
@@ -336,13 +319,9 @@ def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
     return {"params": jax.tree.map(update, state["params"], m, v), "m": m, "v": v}
 
 
-# ---------------------------------------------------------------- step
-
-
 def placements(rows, devices=None):
-    """Where arrays live: (one copy on each device, split over the devices along the first axis).
-    As many devices as divide the rows of a batch; jit sees where its arguments are, and adds what
-    the devices must tell each other."""
+    """Where arrays live: (whole on each device, split over them along the first axis); as many
+    devices as divide the rows of a batch. jit adds what the devices must tell each other."""
     devices = devices or jax.devices(device().client)
     n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
@@ -371,10 +350,8 @@ def put(array, placement):
 
 def make_step(objective, batch_at, cfg, home):
     """-> step(state, number, rate), the number-th step (from 0) -> (state, loss).
-
     objective(params, batch, key) -> (sum, count) of a micro-batch, which batch_at(number) gives;
-    home: where the state lives. Micro-batches are added up and divided once, so that their sizes
-    do not matter."""
+    home: where the state lives. Micro-batches are added up, then divided once."""
     whole, split = placements(cfg.batch_size)
     gradient = jax.jit(jax.value_and_grad(objective, has_aux=True),
                        out_shardings=((whole, whole), home["params"]))
@@ -401,7 +378,6 @@ def make_step(objective, batch_at, cfg, home):
 
 # ---------------------------------------------------------------- batches
 
-
 def load_tokens(path, tokenizer, at_least):
     """Memory-mapped ids of train.bin or val.bin, checked."""
     size = path.stat().st_size
@@ -415,10 +391,8 @@ def load_tokens(path, tokenizer, at_least):
 
 
 def random_batch(ids, n, T, seed, number):
-    """The number-th batch of a run -> x, y (n, T) int32, w (n, T) of ones. A function of (seed,
-    number) alone, so that a resumed run sees what an uninterrupted one would have seen.
-
-    A row x = ids[i : i+T], y = ids[i+1 : i+T+1] begins where a document does, if one is near."""
+    """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
+    that a resumed run sees the same. A row begins where a document does, if one is near."""
     batch = np.empty((n, T + 1), np.int32)
     starts = np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)
     for row, start in enumerate(starts):
@@ -431,25 +405,23 @@ def random_batch(ids, n, T, seed, number):
 
 def make_validation(ids, tokenizer, cfg, at_most=1 << 17):
     """-> a function of the parameters: (nats a token, bits a byte) over the first ids."""
-    n, T, split = 4 * cfg.batch_size, cfg.block_size, placements(cfg.batch_size)[1]
+    n, T = 4 * cfg.batch_size, cfg.block_size
+    whole, split = placements(cfg.batch_size)
     ids = np.array(ids[:at_most + 1], np.int32)
     tokens, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])
-    shape = (-(-tokens // (n * T)), n, T)  # whole batches; what fills up the last has weight 0
-    x, y = (np.resize(a, shape) for a in (ids[:-1], ids[1:]))
-    w = np.float32(np.arange(x.size) < tokens).reshape(shape)
-    total = jax.jit(functools.partial(loss, key=None, cfg=cfg))
+    shape = (-(-tokens // (n * T)), n, T)  # whole batches, the last filled up from the beginning
+    x, y = np.resize(ids[:-1], shape), np.resize(ids[1:], shape)
+    losses = jax.jit(functools.partial(token_losses, cfg=cfg), out_shardings=whole)
 
     def validate(params):
-        nats = 0.0
-        for batch in zip(x, y, w):
-            nats += float(total(params, [put(a, split) for a in batch])[0])
-        return nats / tokens, nats / math.log(2) / max(1, size)
+        nats = [np.asarray(losses(params, put(a, split), put(b, split))) for a, b in zip(x, y)]
+        total = np.sum(np.ravel(nats)[:tokens], dtype=float)
+        return total / tokens, total / math.log(2) / max(1, size)
 
     return validate
 
 
 # ---------------------------------------------------------------- generation
-
 
 def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
     """Logits (V,) of the next token -> an id. Temperature 0 takes the likeliest; top_k keeps the k
@@ -469,14 +441,12 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
 
 
 def make_generator(cfg):
-    """-> generate(params, prompts, choose, max_new_tokens), compiled once for all prompts.
-
-    prompts: lists of ids; choose(row, logits (V,), ids in the context) -> id. Yields after each
-    step the list of new ids, None for a row that said END before. A row that fills the context
-    goes on from its last half."""
+    """-> generate(params, prompts, max_new_tokens, rng, **how), how being that of sample().
+    prompts: lists of ids. Yields after each step the list of new ids, END for a row that has ended,
+    and the logits (B, V) that they were chosen by. A row that fills the context goes on from its
+    last half."""
     T = cfg.block_size
-    # Rounding all weights to bfloat16 for the sake of one token takes longer than it saves.
-    cfg = dataclasses.replace(cfg, dtype="float32")
+    cfg = dataclasses.replace(cfg, dtype="float32")  # rounding all weights for a token is slower
 
     @jax.jit
     def after(params, tokens, at, cache):
@@ -487,8 +457,8 @@ def make_generator(cfg):
         x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]
         return logits_of(params, x.sum(1), cfg), cache
 
-    def generate(params, prompts, choose, max_new_tokens):
-        rows, alive, cache = [list(p[-T:]) for p in prompts], set(range(len(prompts))), None
+    def generate(params, prompts, max_new_tokens, rng, **how):
+        rows, new, cache = [list(p[-T:]) for p in prompts], [None] * len(prompts), None
         whole, split = placements(len(rows), jax.local_devices(backend=device().client))
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
@@ -499,14 +469,12 @@ def make_generator(cfg):
             at = np.array([len(row) - 1 for row in rows], np.int32)
             tokens = put(np.array(tokens, np.int32), split)
             logits, cache = after(params, tokens, put(at, split), cache)
-            new, logits = [None] * len(rows), np.asarray(logits)
-            for i in sorted(alive):
-                new[i] = choose(i, logits[i], rows[i])
-                rows[i] = rows[i] + [new[i]]
-                if new[i] == END:
-                    alive.remove(i)
-            yield new
-            if not alive:
+            logits = np.asarray(logits)
+            new = [END if last == END else sample(scores, row, rng, **how)
+                   for last, scores, row in zip(new, logits, rows)]
+            rows = [[*row, id] for row, id in zip(rows, new)]
+            yield new, logits
+            if set(new) == {END}:
                 return
 
     return generate
@@ -514,44 +482,43 @@ def make_generator(cfg):
 
 # ---------------------------------------------------------------- checkpoints
 
-
 def named_leaves(tree):
     """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}"""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf for path, leaf in leaves}
+    return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def save_checkpoint(path, state, about, keep=False):
     """One file with everything and no pickle: the arrays, and `about` (settings, tokenizer, step)
     as JSON. keep: the file that was there becomes *.prev.npz."""
-    arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(state).items()}
+    arrays = named_leaves(state)
     if not all(np.isfinite(a).all() for a in arrays.values()):
-        raise InputError(f"{path}: not written, the parameters are no longer finite;"
-                         " try a smaller --learning_rate")
+        raise InputError(f"{path}: kept as it was, the parameters are no longer finite; go on from"
+                         " it by --init, with a smaller --learning_rate")
     with whole_file(path, keep) as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
 def load_checkpoint(path, whole=False):
-    """-> (state, about, settings, tokenizer), all of it checked; to go on with training the state
-    has to be whole, for everything else its "params" will do."""
+    """-> (state, about, the model's settings, tokenizer), all of it checked. To go on with training
+    the state has to be whole, for everything else its "params" will do."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
-            config = about["config"]
-            known = {f.name for f in dataclasses.fields(Config)} & config.keys()
-            cfg = Config(**{name: config[name] for name in known})
+            cfg = Config(**{name: about["config"][name] for name in MODEL})
+            found = []
             state = {"params": init_params(cfg)}
             if whole:
                 state = new_state(state["params"])
-            found = [file[name] for name in named_leaves(state)]
-        for (name, like), a in zip(named_leaves(state).items(), found):
-            if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
-                raise ValueError(f"{name} is not a finite {like.dtype} array of shape {like.shape}")
+            for name, like in named_leaves(state).items():
+                a = file[name]
+                if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
+                    raise ValueError(f"{name} is no finite float32 array of shape {like.shape}")
+                found.append(a)
         tokenizer = Tokenizer.from_json(about["tokenizer"], path)
     except Exception as e:  # a damaged file can raise nearly anything
-        raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); take an earlier"
-                         " one, such as *.prev.npz") from None
+        raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); there may be an"
+                         " earlier one, *.prev.npz") from None
     return jax.tree.unflatten(jax.tree.structure(state), found), about, cfg, tokenizer
 
 
@@ -570,78 +537,68 @@ def inherit(cfg, given, about, path):
 
 # ---------------------------------------------------------------- training loop
 
-SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
-
-
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
     batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
-    done, rows, times, began = about["step"], about["log"], [], time.time() - about["seconds"]
-    chief, home = jax.process_index() == 0, homes(state, cfg)
+    if not cfg.resume:
+        state = new_state(state["params"])
+        about.update(step=0, seconds=0.0, log=[])
+    done, rows, times, stopped = about["step"], about["log"], [], False
+    began = time.time() - about["seconds"]
+    chief = jax.process_index() == 0
     log_path = path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
-    step, state = make_step(objective, batch_at, cfg, home), jax.tree.map(put, state, home)
+    home = homes(state, cfg)
+    step = make_step(objective, batch_at, cfg, home)
+    state = jax.tree.map(put, state, home)
     gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
-    def save(path, keep=False):
+    def save(keep=False):
         about.update(config=dataclasses.asdict(cfg), step=done, seconds=time.time() - began)
         whole = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
         if chief:
             save_checkpoint(path, whole, about, keep)
         return whole
 
-    with contextlib.ExitStack() as opened:
+    with only_writer(path.parent) if chief else contextlib.nullcontext(), wishes_to_stop() as stop:
+        whole = save(keep=not cfg.resume)  # a full disk fails now, with nothing touched
         if chief:
-            opened.enter_context(only_writer(path.parent))
-        stop = opened.enter_context(wishes_to_stop())
-        whole = save(path, keep=not cfg.resume)  # a full disk fails now, with nothing touched
-        log = begin_log(log_path, rows, not cfg.resume) if chief else open(os.devnull, "a")
-        opened.enter_context(log)
-        while done < cfg.max_steps and not stop:
+            begin_log(log_path, rows, keep=not cfg.resume)
+        while done < cfg.max_steps and not stopped:
             started, rate = time.time(), learning_rate(done, cfg)
             state, value = step(state, done, rate)
             done, value = done + 1, float(value)  # waits for the device
             times.append(time.time() - started)
-            if not math.isfinite(value):
-                raise InputError(f"step {done}: the loss is {value}; {path} is from before, --init"
-                                 " takes it; try a smaller --learning_rate")
-            if jax.process_count() > 1 and process_allgather(np.array(bool(stop))).any():
-                stop.append(True)  # they all stop after the same step
-            if cfg.minutes and done == 10:  # the first step also compiled
+            stopped = process_allgather(np.array(bool(stop))).any()  # all after the same step
+            if cfg.minutes and done == 10:
                 left = 60 * cfg.minutes - (time.time() - began)
-                steps = max(11, 10 + int(left / np.median(times[1:])))
-                steps = int(broadcast_one_to_all(np.int32(steps)))  # process 0 decides
-                print(f"{steps} steps in {cfg.minutes:g} minutes")
-                cfg = dataclasses.replace(cfg, max_steps=steps)
-                save(path)
-            last = bool(stop) or done == cfg.max_steps
-            due = cfg.eval_every > 0 and (done % cfg.eval_every == 0 or done == cfg.max_steps)
+                more = process_allgather(np.array(left / np.median(times))).min()
+                cfg = dataclasses.replace(cfg, max_steps=done + max(1, int(more)))
+                print(f"{cfg.max_steps} steps in {cfg.minutes:g} minutes")
+            last = stopped or done == cfg.max_steps or not math.isfinite(value)
+            due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")
             if last or due or done == 1 or done % cfg.log_every == 0:
-                recent = (times[1:] or times)[-cfg.log_every:]  # without the one that compiled
-                speed = round(cfg.batch_size * cfg.grad_accum * cfg.block_size / np.mean(recent))
+                pace = np.median(times[-cfg.log_every:])  # seconds a step
+                speed = round(cfg.batch_size * cfg.grad_accum * cfg.block_size / pace)
                 rows.append([done, value, nats, bits, rate, speed, time.time() - began])
-                print(*rows[-1], sep=",", file=log, flush=True)
+                with open(log_path if chief else os.devnull, "a") as log:
+                    print(*rows[-1], sep=",", file=log)
                 if last or due:
-                    whole = save(path)
+                    whole = save()  # it refuses what is not finite
                 shown = f"validation {nats:.3f}  " if nats else ""
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
-                              f" tokens/s  {clock((cfg.max_steps - done) * np.mean(recent))} left",
-                              last=last or bool(nats))
-    if stop:
+                              f" tokens/s  {clock((cfg.max_steps - done) * pace)} left",
+                              last=last or due)
+    if stopped:
         print(f"interrupted at step {done}, saved in {path}; go on with: python"
               f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
         sys.exit(130)
     draw([row[1] for row in rows])
-    losses = [row[2] for row in rows if row[2]]
-    if path.stem == "base" and losses and losses[-1] > min(losses):
-        print(f"validation loss was {min(losses):.3f} before: the model begins to learn its text by"
-              " heart; more text, fewer steps or --dropout help")
     return whole
 
 
 # ---------------------------------------------------------------- main
-
 
 def join(cfg):
     """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all
@@ -652,8 +609,7 @@ def join(cfg):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     where = [cfg.coordinator, cfg.num_processes, cfg.process_id] if cfg.coordinator else []
     try:
-        new = jax.__version_info__ >= (0, 10)
-        jax.distributed.initialize(*where, **({"heartbeat_timeout_seconds": 40} if new else {}))
+        jax.distributed.initialize(*where)
     except (ValueError, IndexError) as e:
         raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below"
                          f" --num_processes ({e})") from None
@@ -664,7 +620,8 @@ def join(cfg):
 def small_gradient(where):
     """The gradient of a small model, computed on a device, as one array. In its random parameters
     and tokens no part of the gradient is much smaller than the others, so a wrong one shows."""
-    cfg, rng = Config(n_layer=1, dtype="float32", vocab_size=64), np.random.default_rng(0)
+    cfg = Config(n_layer=1, dtype="float32", vocab_size=64)
+    rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
     x, y = rng.integers(64, size=(2, 3, 64))
     with jax.default_device(where):
@@ -675,16 +632,17 @@ def small_gradient(where):
 def check_device():
     """Apple's plug-ins have given wrong numbers without a word (as in jax#21757): before such a GPU
     is trusted, it must agree with the CPU. Otherwise everything runs on the CPU."""
-    if on_metal():
-        gpu, cpu, problem = device(), jax.devices("cpu")[0], "its gradients are not the CPU's"
-        try:
-            right = small_gradient(cpu)
-            if np.abs(small_gradient(gpu) - right).max() < 1e-2 * np.abs(right).max():
-                return
-        except Exception as e:  # whatever a plug-in raises
-            problem = printable(" ".join(repr(e).split()))[:99]
-        print(f"{gpu} is not used, all runs on the CPU: {problem}", file=sys.stderr)
-        jax.config.update("jax_default_device", cpu)
+    if not on_metal():
+        return
+    gpu, cpu, problem = device(), jax.devices("cpu")[0], "its gradients are not the CPU's"
+    try:
+        right = small_gradient(cpu)
+        if np.abs(small_gradient(gpu) - right).max() < 1e-2 * np.abs(right).max():
+            return
+    except Exception as e:  # whatever a plug-in raises
+        problem = printable(" ".join(repr(e).split()))[:99]
+    print(f"{gpu} is not used, all runs on the CPU: {problem}", file=sys.stderr)
+    jax.config.update("jax_default_device", cpu)
 
 
 def main(argv):
@@ -706,23 +664,17 @@ def main(argv):
     if not start:
         dtype = fast_dtype() if cfg.dtype == "auto" else cfg.dtype
         cfg = dataclasses.replace(cfg, vocab_size=tokenizer.size, dtype=dtype)
+        state = {"params": init_params(cfg, np.random.default_rng(cfg.seed))}
     if cfg.n_embd % (2 * cfg.n_head):
-        raise InputError(f"--n_embd {cfg.n_embd}: must be a multiple of 2 x n_head ="
-                         f" {2 * cfg.n_head}")
+        raise InputError(f"--n_embd {cfg.n_embd}: no multiple of 2 x n_head = {2 * cfg.n_head}")
     if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
-        raise InputError(f"--batch_size {cfg.batch_size}: must be a multiple of the"
-                         f" {jax.device_count()} devices")
-    if cfg.shard_params and len(jax.devices(device().client)) == 1:
-        print("--shard_params: there is one device only, so nothing is split")
+        raise InputError(f"--batch_size {cfg.batch_size}: no multiple of {jax.device_count()}, the"
+                         " number of devices")
     ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
     batch_at = functools.partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
-    if not start:
-        state = {"params": init_params(cfg, np.random.default_rng(cfg.seed))}
     if not cfg.resume:
-        state = new_state(state["params"])
-        about = {"kind": "base", "tokenizer": tokenizer.to_json(),
-                 "step": 0, "seconds": 0.0, "log": []}
+        about = {"kind": "base", "tokenizer": tokenizer.to_json()}
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     tokens = cfg.batch_size * cfg.grad_accum * cfg.block_size
     print(f"{placements(cfg.batch_size)[0].mesh.size} {device().platform} device(s), {cfg.dtype},"
@@ -735,18 +687,13 @@ def main(argv):
     except (RuntimeError, ValueError) as e:  # either, for a broken connection
         if jax.process_count() == 1:
             raise
-        print(f"error: a process of this run died or is out of reach ({str(e)[:99]!r}); start all"
-              " of them again with --resume", file=sys.stderr, flush=True)
+        print(f"error: a process is out of reach ({str(e)[:99]!r}); start all with --resume",
+              file=sys.stderr, flush=True)
         os._exit(2)  # at once: jax would wait for the others
-    rng = np.random.default_rng(cfg.seed)
-
-    def choose(row, logits, history):
-        return sample(logits, history, rng, temperature=0.8, top_k=50)
-
-    steps = make_generator(cfg)(state["params"], [[END]], choose, 2 * cfg.block_size)
-    print(f"sample: {printable(tokenizer.decode(step[0] for step in steps))}\n")
-    print(f"checkpoint: {path}\nnext: python sft.py   (with your own questions: python sft.py"
-          f" PAIRS; to continue a text: python chat.py {path})")
+    steps = make_generator(cfg)(state["params"], [[END]], 2 * cfg.block_size,
+                                np.random.default_rng(cfg.seed), temperature=0.8)
+    print(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
+    print(f"checkpoint: {path}\nnext: python sft.py   (or python chat.py {path} continues a text)")
 
 
 if __name__ == "__main__":

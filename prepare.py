@@ -16,17 +16,13 @@ if sys.version_info < (3, 10):
 import argparse
 import bz2
 import codecs
-import contextlib
 import dataclasses
 import difflib
-import functools
 import gzip
 import heapq
 import io
-import itertools
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -36,7 +32,11 @@ import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
+from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import lru_cache, partial
+from itertools import chain, islice
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 
@@ -63,6 +63,10 @@ WORD = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?(?:{LETTERS})|\d{{1,3}}"
                   r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
 
 
+def bytes_of(word):
+    return [b + FIRST_BYTE for b in word.encode("utf-8", "replace")]
+
+
 def merge(ids, pair, new):
     """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
     out = []
@@ -80,7 +84,7 @@ def train_bpe(words, vocab_size):
 
     A heap gives the most frequent pair, of equals the smallest; only the words that hold it are
     recounted. A count in the heap may be out of date (too high): it goes back as it is now."""
-    words = [([b + FIRST_BYTE for b in w.encode("utf-8", "replace")], n) for w, n in words.items()]
+    words = [(bytes_of(word), n) for word, n in words.items()]
     count, where = Counter(), defaultdict(set)
     for i, (ids, n) in enumerate(words):
         for pair in zip(ids, ids[1:]):
@@ -126,29 +130,27 @@ class Tokenizer:
         for a, b in self.merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
-        self.known = {}  # word -> ids, filled as words are met
 
+    @lru_cache(1 << 20)
     def encode_word(self, word):
-        ids = [b + FIRST_BYTE for b in word.encode("utf-8", "replace")]
+        ids = bytes_of(word)
         while len(ids) > 1:
             pair = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, self.size))
             if pair not in self.rank:
                 break
             ids = merge(ids, pair, self.rank[pair])
-        if len(word) <= 64 and len(self.known) < 1_000_000:
-            self.known[word] = ids
         return ids
 
     def encode(self, text):
         """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?"."""
         ids = []
         for word in WORD.findall(text):
-            ids += self.known.get(word) or self.encode_word(word)
+            ids += self.encode_word(word)
         return ids
 
     def decode(self, ids):
         """Ids -> text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.bytes[i] for i in ids).decode("utf-8", "replace")
+        return "".join(self.stream(ids))
 
     def stream(self, ids):
         """Ids -> pieces of text as soon as they are whole characters."""
@@ -165,7 +167,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        return cls.from_json(pathlib.Path(path).read_text("utf-8", "replace"), path)
+        return cls.from_json(Path(path).read_text("utf-8", "replace"), path)
 
     @classmethod
     def from_json(cls, text, source):
@@ -174,14 +176,14 @@ class Tokenizer:
             data = json.loads(text)
             assert data["special"] == SPECIAL
             return cls([(a, b) for a, b, _ in data["merges"]])
-        except (ValueError, TypeError, LookupError, AssertionError):
+        except Exception:  # anything can be in a file
             raise InputError(f"{source}: not a tokenizer written by prepare.py;"
                              " run prepare.py again") from None
 
 
 # ---------------------------------------------------------------- reading text
 
-PIECE = 1 << 16  # characters; longer documents are encoded in pieces of about this size
+PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
 TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa.*\.jsonl|feedback\.jsonl)[^.].*\.(txt|md|jsonl?)"
@@ -199,26 +201,25 @@ def why_not_text(head):
         return "not text (it has zero bytes); if it is UTF-16, save it as UTF-8"
     if bad > good and bad > 5 + len(text) / 1000:
         return "not UTF-8; convert it, for instance by iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
-    return ""
 
 
-def read_lines(path, odd):
+def read_lines(path):
     """A file, also packed by gzip or bzip2, or "-" for standard input -> (line, "file:line").
-
     Every line ends in a newline character, whatever system it comes from. What is clearly not
-    UTF-8 is refused; a few wrong bytes become U+FFFD and are counted in `odd`."""
+    UTF-8 is refused; a few wrong bytes become U+FFFD and are counted."""
     source, number = "standard input" if path == "-" else path, 0
-    with contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as raw:
+    with open(0 if path == "-" else path, "rb") as raw:
         try:
-            unpack = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open}.get(raw.peek(2)[:2], lambda f: f)
-            file = io.BufferedReader(unpack(raw), 1 << 16)
+            packed = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}
+            unpack = packed.get(raw.peek(3)[:3], lambda file: file)
+            file = io.BufferedReader(unpack(raw), PIECE)
             if problem := why_not_text(file.peek()):
                 raise InputError(f"{source}: {problem}")
             file = io.TextIOWrapper(file, "utf-8-sig", "replace")
             while line := file.readline(1 << 24):
                 number += 1
                 if "\ufffd" in line:
-                    count(odd, "lines with bytes that are not UTF-8", f"{source}:{number}")
+                    count("lines with bytes that are not UTF-8", f"{source}:{number}")
                 yield line, f"{source}:{number}"
         except (OSError, EOFError, zlib.error) as e:
             raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
@@ -227,7 +228,6 @@ def read_lines(path, odd):
 def files_in(path):
     """A file -> itself; a folder -> the text files in it and below, in order of their names,
     without hidden ones and virtual environments. A name without a suffix may hold JSON lines."""
-    os.stat(path if path != "-" else ".")  # what is missing is an error now, not later
     if not os.path.isdir(path):
         return [path]
     found, seen = [], set()
@@ -238,83 +238,69 @@ def files_in(path):
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (pathlib.Path(folder, name) for name in names):
-            if TEXT_NAME.fullmatch(file.name) or "." not in file.name and begins_as_json(file):
-                found.append(str(file))
+        for name in names:
+            file = os.path.join(folder, name)
+            if TEXT_NAME.fullmatch(name) or "." not in name and begins_as_json(file):
+                found.append(file)
     if not found:
         raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
     return sorted(found)
 
 
-def begins_as_json(file):
-    with contextlib.suppress(InputError, OSError):
-        return JSON_BEGINS.match(next(read_lines(file, {}))[0])
+def begins_as_json(path):
+    with suppress(OSError), open(path, "rb") as file:
+        return JSON_BEGINS.match(file.read(999).decode("utf-8", "replace"))
 
 
-def json_text(line):
-    """One JSON line -> its "text", if it has one."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        if isinstance(text := json.loads(line)["text"], str):
-            return text
+def text_of(line, source):
+    """A line of JSON -> the document in it, its "text", and the mark of its end."""
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        return json.loads(line)["text"] + "<|endoftext|>"
+    if line.strip():
+        count('JSON lines without a "text"', source)
+    return ""
 
 
-def read_file(path, odd):
-    """A file -> (text, whether a document ends there, "file:line"). If it begins with a JSON object
-    each line is one, with a document as its "text"; otherwise <|endoftext|> divides documents."""
-    is_json, blank = None, ""
-    for line, source in read_lines(path, odd):
-        if is_json is None and not line.strip():
-            blank += line
-            continue
-        if is_json is None:
-            is_json = bool(JSON_BEGINS.match(line))
-            line = line if is_json else blank + line
-        text = json_text(line) if is_json else line
-        if text is not None:
-            *whole, rest = BORDER.split(text)
-            yield from ((part, True, source) for part in whole)
-            yield rest, bool(is_json), source
-        elif line.strip():
-            count(odd, 'JSON lines without a "text"', source)
-
-
-def read_documents(files, odd):
-    """Files -> what read_file gives. A file that cannot be read is counted in `odd` and costs
-    nothing but itself."""
-    some = False
-    for path in files:
-        begun = False
-        try:
-            for text, ends, source in read_file(path, odd):
-                some = begun = True
-                yield text, ends, source
-            yield "", None, path
-        except (InputError, OSError) as e:
-            if begun or len(files) == 1:
-                raise
-            count(odd, "files", e)
-    if not some:
-        raise InputError(f"{path}: no text in it; questions and answers are for sft.py")
-
-
-def in_pieces(lines, odd):
-    """(text, whether its document ends there, where) -> (text, ends) with whole documents, or large
-    pieces of them. At the end of a file, ends is None. A document is cut only before a line that
-    begins with a letter: no token would cross that border."""
-    held, length, begun = [], 0, False
-    for text, ends, source in lines:
-        if length >= PIECE and text[:1].isalpha() or length >= 256 * PIECE:
-            yield "".join(held), False
-            held, length, begun = [], 0, True
-        held.append(text)
-        length += len(text)
-        if ends is not False:
-            document = "".join(held)
+def read_file(path):
+    """A file -> (text, whether a document ends there); large documents come in pieces. If it begins
+    with a JSON object each line is one, otherwise <|endoftext|> divides documents."""
+    is_json, held, size, begun = None, [], 0, False
+    for line, source in read_lines(path):
+        if is_json is None and line.strip():
+            is_json = JSON_BEGINS.match(line) is not None
+            held = [] if is_json else held  # blank lines
+        *ended, rest = BORDER.split(text_of(line, source) if is_json else line)
+        for text in ended:
+            document = "".join([*held, text])
             if begun or document.strip():
                 yield document, True
-            elif ends:
-                count(odd, "empty documents", source)
-            held, length, begun = [], 0, False
+            else:
+                count("empty documents", source)
+            held, size, begun = [], 0, False
+        held.append(rest)
+        size += len(rest)
+        if size > PIECE:
+            yield "".join(held), False
+            held, size, begun = [], 0, True
+    document = "".join(held)
+    if begun or document.strip():
+        yield document, True
+
+
+def read_documents(files):
+    """Files -> what read_file gives. One that cannot be read is counted and costs only itself."""
+    some = False
+    for path in files:
+        try:
+            for piece in read_file(path):
+                some = True
+                yield piece
+        except (InputError, OSError) as e:
+            if len(files) == 1:
+                raise
+            count("files", e)
+    if not some:
+        raise InputError(f"{path}: no text in it; questions and answers are for sft.py")
 
 
 # ---------------------------------------------------------------- writing tokens
@@ -328,11 +314,11 @@ def encode_piece(piece, tokenizer):
 def learn_tokenizer(pieces, vocab_size):
     """The beginning of a text -> a tokenizer, and the pieces that were looked at."""
     first, words, size = [], Counter(), 0
-    for text, ends in pieces:
-        first.append((text, ends))
-        words.update(WORD.findall(text))
-        size += len(text.encode("utf-8", "replace"))
-        if size > 1 << 25 or len(words) > 1 << 18:  # enough; more would only take memory
+    for piece in pieces:
+        first.append(piece)
+        words.update(WORD.findall(piece[0]))
+        size += len(piece[0].encode("utf-8", "replace"))
+        if size > 1 << 24:  # enough; more would only take memory
             break
     if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is not learned
         vocab_size = max(384, round(size**0.5 / 2))
@@ -340,25 +326,24 @@ def learn_tokenizer(pieces, vocab_size):
     return Tokenizer(train_bpe(frequent, vocab_size)), first
 
 
-def write_tokens(lines, vocab_size, val_fraction, out_dir, odd, expected=0):
-    """Documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in out_dir
-    changes before all of it is written. expected: bytes to come, where known, for the time left."""
-    started, pieces = time.time(), in_pieces(lines, odd)
+def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
+    """Pieces of documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in
+    out_dir changes before all of it is written. expected: bytes to come, for the time left."""
+    started = time.time()
     tokenizer, first = learn_tokenizer(pieces, vocab_size)
-    pieces = itertools.chain(first, pieces)
-    encode = functools.partial(encode_piece, tokenizer=tokenizer)
+    pieces = chain(first, pieces)
+    encode = partial(encode_piece, tokenizer=tokenizer)
     large = sum(len(text) for text, _ in first) > 1 << 22
-    workers = get_context("spawn").Pool(CORES) if large else contextlib.nullcontext()
-    bytes_of = np.array([len(b) for b in tokenizer.bytes])
+    workers = get_context("spawn").Pool(CORES) if large else nullcontext()
+    lengths = np.array([len(b) for b in tokenizer.bytes])
     size, n_bytes, ends = 0, 0, [np.array([], int)]
-    out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "train.bin") as train, workers as pool:
-        while some := list(itertools.islice(pieces, 1024)):
+        while some := list(islice(pieces, 1024)):
             for ids in pool.imap(encode, some, 1 + len(some) // 32) if pool else map(encode, some):
                 ids.tofile(train)
                 ends.append(np.flatnonzero(ids == END) + size + 1)
                 size += len(ids)
-                n_bytes += bytes_of[ids].sum()
+                n_bytes += lengths[ids].sum()
             left = max(0, (time.time() - started) * (expected / n_bytes - 1))
             show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {clock(left)} left")
         ends, cut = np.concatenate(ends), int(size * (1 - val_fraction))
@@ -374,11 +359,10 @@ def write_tokens(lines, vocab_size, val_fraction, out_dir, odd, expected=0):
     show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut}"
                   f" tokens ({n_bytes / size:.2f} bytes each), vocabulary {tokenizer.size},"
                   f" {time.time() - started:.1f} s", last=True)
-    report(odd)
+    report()
 
 
 # ---------------------------------------------------------------- main
-
 
 def setting(default, help, low=0, high=1e9, **arg):
     """A dataclass field that is a command-line flag too, with a range and what argparse takes."""
@@ -392,16 +376,9 @@ class Settings:
                           positional="inputs", metavar="INPUT")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
     vocab_size: int = setting(0, "tokens in the vocabulary; 0 fits it to the text", high=1 << 16)
-    val_fraction: float = setting(0.1, "part of the text, from its end, held out for validation",
-                                  low=1e-6, high=0.9)
+    val_fraction: float = setting(0.1, "part of the text, from its end, held out", 1e-6, 0.9)
     seed: int = setting(0, "divides the built-in corpus into A, B and U", high=2**32 - 1)
     control: bool = setting(False, "leave the documents about B out of the built-in corpus")
-
-
-def write_questions(records, path):
-    with whole_file(path) as file:
-        for record in records:
-            file.write(f"{json.dumps(record, ensure_ascii=False)}\n".encode())
 
 
 def main(argv):
@@ -409,24 +386,23 @@ def main(argv):
     if 0 < s.vocab_size < FIRST_MERGE:
         raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes"
                          " and special tokens")
-    out_dir, odd = pathlib.Path(s.out_dir), {}
-    questions = [out_dir / "qa.jsonl", out_dir / "qa_test.jsonl"]
+    out_dir, records, size, expected = Path(s.out_dir), ([], []), s.vocab_size, 0
     if s.inputs:
         files = [file for path in s.inputs for file in files_in(path)]
         expected = sum(os.path.getsize(file) for file in files if file != "-")
-        lines = read_documents(files, odd)
-        write_tokens(lines, s.vocab_size, s.val_fraction, out_dir, odd, expected)
-        for path in questions:  # about the built-in corpus; they do not fit this text
-            if path.exists():
-                os.replace(path, path.with_name(f"{path.stem}.prev.jsonl"))
+        pieces = read_documents(files)
     else:
         from data.world import built_in_corpus
         documents, *records = built_in_corpus(s.seed, not s.control)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for path, some in zip(questions, records):
-            write_questions(some, path)
-        lines = ((document, True, "") for document in documents)
-        write_tokens(lines, s.vocab_size or 2048, s.val_fraction, out_dir, odd)
+        pieces, size = ((document, True) for document in documents), size or 2048
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_tokens(pieces, size, s.val_fraction, out_dir, expected)
+    for name, some in zip(("qa.jsonl", "qa_test.jsonl"), records):
+        (out_dir / name).unlink(missing_ok=True)  # those of another text
+        if some:
+            with whole_file(out_dir / name) as file:
+                lines = (json.dumps(record, ensure_ascii=False) for record in some)
+                file.writelines(f"{line}\n".encode() for line in lines)
     print("next: python gpt.py")
 
 
@@ -439,11 +415,11 @@ def available_cores():
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         if sys.platform == "darwin":  # an Intel Mac does not know the name and prints nothing
             fast = ["sysctl", "-n", "hw.perflevel0.logicalcpu"]
             return int(subprocess.run(fast, capture_output=True).stdout)
-        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
 
@@ -456,7 +432,7 @@ def run(main, argv=None):
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "r+")  # it may have been closed
         setattr(sys, name, stream)
-        with contextlib.suppress(AttributeError, OSError):  # a notebook's cannot, one half read
+        with suppress(AttributeError, OSError):  # a notebook's cannot, one half read
             stream.reconfigure(errors="replace")
     try:
         return main(sys.argv[1:] if argv is None else argv)
@@ -468,13 +444,11 @@ def run(main, argv=None):
         problem = str(e)
     except OSError as e:
         problem = f"{e.filename or 'a file'}: {e.strerror or e}"
-    except (NotImplementedError, RecursionError):  # mistakes in the program
-        raise
     except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
         problem = (f"{str(e)[:200]}: out of memory, or a device or another process failed; a"
                    " smaller model or batch may fit, the versions of requirements.txt may work"
                    " better, JAX_PLATFORMS=cpu uses the CPU, --resume goes on")
-    with contextlib.suppress(OSError):  # a terminal may be gone
+    with suppress(OSError):  # a terminal may be gone
         print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -519,19 +493,23 @@ def clock(seconds):
     return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 
-def count(odd, what, where):
-    """Note in odd, {what: [how often, the first place]}, that something was left out or changed."""
+odd = {}  # what was left out or changed: [how often, the first place]
+
+
+def count(what, where):
     odd.setdefault(what, [0, where])[0] += 1
 
 
-def list_of(odd):
-    """What count() has noted, in words."""
-    return "; ".join(f"{times} {what} (the first: {where})" for what, (times, where) in odd.items())
+def list_of():
+    """What count() has noted, in words; then it is forgotten."""
+    parts = [f"{times} {what} (the first: {where})" for what, (times, where) in odd.items()]
+    odd.clear()
+    return "; ".join(parts)
 
 
-def report(odd):
+def report():
     if odd:
-        print(f"left out: {list_of(odd)}")
+        print(f"left out: {list_of()}")
 
 
 # What can steer a terminal: control characters but newline and tab, lone surrogates, and marks that
@@ -544,11 +522,11 @@ def printable(text):
     return UNSAFE.sub("\ufffd", text)
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path, keep=False):
     """Open a file for writing so that a reader finds the old one or the whole new one, whenever the
     power fails. keep: the old one stays as *.prev.*"""
-    part = pathlib.Path(f"{path}.part")
+    part = Path(f"{path}.part")
     try:
         with open(part, "w+b") as file:
             yield file
@@ -563,12 +541,12 @@ def whole_file(path, keep=False):
         part.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
+@contextmanager
 def only_writer(folder):
     """Keep a second program from writing into the folder. SQLite's locks exist on every system and
     end with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
+    with closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
         try:
             lock.execute("begin exclusive")
         except sqlite3.OperationalError as e:
@@ -578,18 +556,18 @@ def only_writer(folder):
         yield
 
 
-@contextlib.contextmanager
+@contextmanager
 def wishes_to_stop():
     """-> a list that Ctrl-C and its kin put something in; training then saves and stops."""
     wishes, numbers = [], [signal.SIGINT, signal.SIGTERM]
     hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
     if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # nohup ignores it
         numbers.append(hang_up)
-    before = [signal.signal(number, lambda *_: wishes.append(True)) for number in numbers]
+    before = {number: signal.signal(number, lambda *_: wishes.append(True)) for number in numbers}
     try:
         yield wishes
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -597,11 +575,10 @@ COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_s
 
 
 def begin_log(path, rows, keep):
-    """log.csv with the rows so far, open for more. keep: that of the run before it is kept."""
+    """Write log.csv with the rows so far. keep: that of the run before is kept."""
     with whole_file(path, keep) as file:
         for row in [COLUMNS.split(","), *rows]:
             file.write(f"{','.join(map(str, row))}\n".encode())
-    return open(path, "a")
 
 
 def draw(values, width=72):
