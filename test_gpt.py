@@ -204,10 +204,9 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping(case):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
-    for warmup in (10, 10 / 110):  # steps, or a part of them
-        cfg = gpt.Config(learning_rate=1.0, warmup=warmup, max_steps=110)
-        rates = [gpt.learning_rate(step, cfg) for step in (0, 10, 60, 110)]
-        assert rates == pytest.approx([1 / 11, 1, 0.525, 0.05])
+    cfg = gpt.Config(learning_rate=1.0, warmup=10 / 110, max_steps=110)
+    rates = [gpt.learning_rate(step, cfg) for step in (0, 10, 60, 110)]
+    assert rates == pytest.approx([1 / 11, 1, 0.525, 0.05])
 
 
 @pytest.mark.parametrize("micro, shard", [(1, False), (3, False), (3, True)])  # 6 devices, 2
@@ -227,22 +226,21 @@ def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(
         assert a.addressable_shards[0].data.nbytes * (devices if shard else 1) == a.nbytes
 
 
-def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(case):
-    def choose(row, logits, history):  # one row ends; the others never say END, so that they go on
-        return END if row == 6 and len(history) == 3 else int(logits[1:].argmax()) + 1
-
+def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(case, monkeypatch):
+    monkeypatch.setattr(gpt, "END", 4)  # that some rows end in
     prompts = [row[:n].tolist() for row, n in zip(case.x, [1, 3, T, 2, 5])]
     prompts += [[4] * (T + 2), [1], [2]]
-    steps = list(gpt.make_generator(case.cfg)(case.params, prompts, choose, 3 * T))
-    *said, ended, _ = zip(*steps)
-    assert ended[2:] == (END, *[None] * (3 * T - 3))
+    steps = gpt.make_generator(case.cfg)(case.params, prompts, 3 * T, case.rng)
+    said = [*zip(*(new for new, _ in steps))]
+    assert {4 in row for row in said} == {True, False}
     for window, new in zip(prompts, said):
-        window = window[-T:]
-        for token in new:
+        window, ended = window[-T:], False
+        for id in new:
             window = window if len(window) <= T else window[-(T // 2 + 1):]
             logits = twin(case.exact, window, window, np.zeros(len(window)))[0]
-            assert token == logits[-1, 1:].argmax() + 1
-            window.append(token)
+            assert id == (4 if ended else logits[-1].argmax())
+            window.append(id)
+            ended = id == 4
 
 
 def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
@@ -347,12 +345,6 @@ def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns
     shorter = [sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2)]
     fits = next(ids for ids in shorter if len(ids) + 24 <= 64)
     assert chat.prompt_ids(turns, TOKENIZER, 64) == fits
-
-
-def test_every_example_is_seen_once_an_epoch_each_time_in_another_order():
-    seen = np.concatenate([sft.epoch_order(7, 3, 0, number) for number in range(14)])
-    epochs = seen.reshape(6, 7).tolist()
-    assert all(sorted(epoch) == [*range(7)] for epoch in epochs) and epochs[0] != epochs[1]
 
 
 def test_the_dpo_loss_and_its_gradient_equal_the_papers(case):
@@ -509,7 +501,7 @@ def test_the_quota_of_a_container_limits_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     for quota, cores in [("150000 100000", 2), ("max 100000", 8), ("1000 100000", 1)]:
-        monkeypatch.setattr(prepare.pathlib.Path, "read_text", lambda path: quota)
+        monkeypatch.setattr(Path, "read_text", lambda path: quota)
         assert prepare.available_cores() == cores
 
 
@@ -589,7 +581,8 @@ def test_the_road_from_text_to_answers(made):
     assert documents_in("data") == DOCUMENTS
     first = float(cells("out/log.csv")[1][1])
     assert abs(first - math.log(gpt.load_checkpoint("out/base.npz")[2].vocab_size)) < 0.2
-    assert float(cells("out/log_chat.csv")[-1][2]) > 0  # forgetting is watched
+    held_out = [float(row[2]) for row in cells("out/log_dpo.csv")[1:] if row[2]]
+    assert held_out[-1] < held_out[0]
     assert outcome(sft.main, "pairs.json", "--show=1") == (
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
@@ -630,7 +623,7 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
         return said
 
     assert "/help for help" in answer("") and "the rat ran" in answer("who ran?\n")
-    assert "second:" in answer("/probs\n") and "/top_k" in answer("/help\n")
+    assert "% ' rat'" in answer("/probs\n") and "/top_k" in answer("/help\n")
     assert "must be from" in answer("/temperature -1\n") and "1 corr" in answer("/better no rat\n")
     answer("where is\nthe cat?\n")
     assert "2 corr" in answer("/better on a mat\n") and "sat" not in answer("where is\x03")
@@ -831,7 +824,7 @@ sft cut.json -> cut.json: no question .* not JSON
 sft other.jsonl --resume -> was begun with
 sft --dpo --resume --seed=7 -> was begun with 0
 sft --dpo --init=out/dpo.npz -> would be overwritten
-sft text.jsonl --dpo -> text.jsonl: preferences go behind --dpo
+sft text.jsonl --dpo -> text.jsonl: no question with an answer
 chat none.npz -> none.npz: no whole checkpoint
 chat cut.npz -> cut.npz: no whole checkpoint
 chat --top_p=2 -> --top_p 2.0: must be from 0 to 1
