@@ -4,13 +4,13 @@
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py    # one answer a line
 """
-import contextlib
-import dataclasses
 import json
-import pathlib
 import re
 import select
 import sys
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import gpt
 import numpy as np
@@ -23,7 +23,7 @@ Settings: /temperature 0.7, /top_k, /top_p, /repetition_penalty, /max_new_tokens
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # settings of gpt.sample
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint")
     prompt: str = setting(None, "answer or continue this text and stop")
@@ -97,7 +97,7 @@ def typed():
         text = ""
         try:
             text = input("> ")
-            with contextlib.suppress(OSError):  # Windows cannot tell what has arrived
+            with suppress(OSError):  # Windows cannot tell what has arrived
                 while select.select([sys.stdin], [], [], 0.02)[0]:
                     text += "\n" + input()
         except KeyboardInterrupt:
@@ -125,7 +125,7 @@ def converse(reply, cfg, path):
                 correct(messages, value.strip(), path.with_name("feedback.jsonl"))
             elif line.startswith("/"):
                 new, given = read_flags(Config, [f"--{command[1:]}", value.strip()], __doc__)
-                cfg = dataclasses.replace(cfg, **{name: getattr(new, name) for name in given})
+                cfg = replace(cfg, **{name: getattr(new, name) for name in given})
             else:
                 asked, seen, said = [*messages, ("user", line, False)], [], ""
                 for piece in reply(asked, cfg, seen):
@@ -154,9 +154,9 @@ def answer_lines(answer):
 
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
-    path = pathlib.Path(cfg.checkpoint or "out/chat.npz")
+    path = Path(cfg.checkpoint or "out/chat.npz")
     if not cfg.checkpoint:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers only
+        with redirect_stdout(sys.stderr):  # standard output is for answers only
             sft.make_if_missing(path, sft.main)
     gpt.check_device()
     reply = load(path)
@@ -168,7 +168,7 @@ def main(argv):
         return print(answer(cfg.prompt))
     if not sys.stdin.isatty():
         return answer_lines(answer)
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         import readline  # noqa: F401  line editing and history at the prompt
     print(f"{path}: ask a question, or begin a text if it is a base model; /help for help")
     converse(reply, cfg, path)

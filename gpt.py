@@ -9,16 +9,16 @@ and jax.vmap makes all heads of all sequences of it; jax.grad derives the backwa
 compiles. In shapes: B batch, T time (tokens), S time of keys and values, V vocabulary, C width,
 H heads, D = C / H.
 """
-import contextlib
-import dataclasses
-import functools
 import json
 import math
 import os
-import pathlib
 import re
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import prepare
 from prepare import CORES, END, InputError, Tokenizer, printable, read_flags, run, setting
@@ -40,7 +40,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---------------------------------------------------------------- settings: each is a flag
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     # the model
     n_layer: int = setting(4, "transformer blocks", low=1)
@@ -93,7 +93,7 @@ def on_metal():
 
 def fast_dtype():
     """bfloat16 where the CPUs of all processes multiply it natively, as Linux tells."""
-    cpu = pathlib.Path("/proc/cpuinfo")
+    cpu = Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
     native = native and jax.__version_info__ >= (0, 10)
     return "bfloat16" if process_allgather(np.array(native)).all() else "float32"
@@ -263,7 +263,7 @@ def rounded(a, b, axes):
     return jnp.tensordot(a, b, axes, preferred_element_type=np.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rounded_matmul(x, w, axis):
     """matmul in bfloat16. The only gradient that is written by hand: jax.grad would multiply
     bfloat16 by float32, which is no faster than float32."""
@@ -356,7 +356,7 @@ def make_step(objective, batch_at, cfg, home):
     gradient = jax.jit(jax.value_and_grad(objective, has_aux=True),
                        out_shardings=((whole, whole), home["params"]))
 
-    @functools.partial(jax.jit, out_shardings=(home, whole),
+    @partial(jax.jit, out_shardings=(home, whole),
                        donate_argnums=() if on_metal() else 0)
     def update(state, sums, number, rate):
         (total, count), grads = sums
@@ -411,7 +411,7 @@ def make_validation(ids, tokenizer, cfg, at_most=1 << 17):
     tokens, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])
     shape = (-(-tokens // (n * T)), n, T)  # whole batches, the last filled up from the beginning
     x, y = np.resize(ids[:-1], shape), np.resize(ids[1:], shape)
-    losses = jax.jit(functools.partial(token_losses, cfg=cfg), out_shardings=whole)
+    losses = jax.jit(partial(token_losses, cfg=cfg), out_shardings=whole)
 
     def validate(params):
         nats = [np.asarray(losses(params, put(a, split), put(b, split))) for a, b in zip(x, y)]
@@ -446,7 +446,7 @@ def make_generator(cfg):
     and the logits (B, V) that they were chosen by. A row that fills the context goes on from its
     last half."""
     T = cfg.block_size
-    cfg = dataclasses.replace(cfg, dtype="float32")  # rounding all weights for a token is slower
+    cfg = replace(cfg, dtype="float32")  # rounding all weights for a token is slower
 
     @jax.jit
     def after(params, tokens, at, cache):
@@ -532,7 +532,7 @@ def inherit(cfg, given, about, path):
         if saved[name] != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
                              " leave it out or start afresh")
-    return dataclasses.replace(cfg, **{name: saved[name] for name in names})
+    return replace(cfg, **{name: saved[name] for name in names})
 
 
 # ---------------------------------------------------------------- training loop
@@ -554,13 +554,13 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
     def save(keep=False):
-        about.update(config=dataclasses.asdict(cfg), step=done, seconds=time.time() - began)
+        about.update(config=asdict(cfg), step=done, seconds=time.time() - began)
         whole = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
         if chief:
             save_checkpoint(path, whole, about, keep)
         return whole
 
-    with only_writer(path.parent) if chief else contextlib.nullcontext(), wishes_to_stop() as stop:
+    with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as stop:
         whole = save(keep=not cfg.resume)  # a full disk fails now, with nothing touched
         if chief:
             begin_log(log_path, rows, keep=not cfg.resume)
@@ -573,7 +573,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             if cfg.minutes and done == 10:
                 left = 60 * cfg.minutes - (time.time() - began)
                 more = process_allgather(np.array(left / np.median(times))).min()
-                cfg = dataclasses.replace(cfg, max_steps=done + max(1, int(more)))
+                cfg = replace(cfg, max_steps=done + max(1, int(more)))
                 print(f"{cfg.max_steps} steps in {cfg.minutes:g} minutes")
             last = stopped or done == cfg.max_steps or not math.isfinite(value)
             due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
@@ -647,12 +647,12 @@ def check_device():
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    path = pathlib.Path(cfg.out_dir, "base.npz")
+    path = Path(cfg.out_dir, "base.npz")
     start = path if cfg.resume else cfg.init
     if start:
         state, about, *_ = load_checkpoint(start, cfg.resume)
         cfg = inherit(cfg, given, about, start)
-    data_dir = pathlib.Path(cfg.data_dir)
+    data_dir = Path(cfg.data_dir)
     if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
         prepare.main([])
@@ -663,7 +663,7 @@ def main(argv):
         raise InputError(f"{data_dir}: another vocabulary than that of {start}")
     if not start:
         dtype = fast_dtype() if cfg.dtype == "auto" else cfg.dtype
-        cfg = dataclasses.replace(cfg, vocab_size=tokenizer.size, dtype=dtype)
+        cfg = replace(cfg, vocab_size=tokenizer.size, dtype=dtype)
         state = {"params": init_params(cfg, np.random.default_rng(cfg.seed))}
     if cfg.n_embd % (2 * cfg.n_head):
         raise InputError(f"--n_embd {cfg.n_embd}: no multiple of 2 x n_head = {2 * cfg.n_head}")
@@ -672,7 +672,7 @@ def main(argv):
                          " number of devices")
     ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
-    batch_at = functools.partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
+    batch_at = partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
     if not cfg.resume:
         about = {"kind": "base", "tokenizer": tokenizer.to_json()}
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
@@ -681,7 +681,7 @@ def main(argv):
           f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
           f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
           f" {math.log(cfg.vocab_size):.3f}")
-    objective = functools.partial(loss, cfg=cfg)
+    objective = partial(loss, cfg=cfg)
     try:
         state = train(cfg, state, about, objective, batch_at, validate, path)
     except (RuntimeError, ValueError) as e:  # either, for a broken connection

@@ -16,7 +16,6 @@ if sys.version_info < (3, 10):
 import argparse
 import bz2
 import codecs
-import dataclasses
 import difflib
 import gzip
 import heapq
@@ -33,8 +32,9 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager, nullcontext, suppress
-from functools import lru_cache, partial
-from itertools import chain, islice
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from itertools import islice, tee
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -151,6 +151,11 @@ class Tokenizer:
     def decode(self, ids):
         """Ids -> text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return "".join(self.stream(ids))
+
+    def encode_piece(self, piece):
+        """(text, whether a document ends there) -> uint16 ids, with <|end|> at the end."""
+        text, ends = piece
+        return np.array(self.encode(text) + [END] * ends, "<u2")
 
     def stream(self, ids):
         """Ids -> pieces of text as soon as they are whole characters."""
@@ -305,38 +310,32 @@ def read_documents(files):
 
 # ---------------------------------------------------------------- writing tokens
 
-def encode_piece(piece, tokenizer):
-    """(text, whether a document ends there) -> uint16 ids, with <|end|> at the end."""
-    text, ends = piece
-    return np.array(tokenizer.encode(text) + [END] * ends, "<u2")
-
-
-def learn_tokenizer(pieces, vocab_size):
-    """The beginning of a text -> a tokenizer, and the pieces that were looked at."""
-    first, words, size = [], Counter(), 0
-    for piece in pieces:
-        first.append(piece)
-        words.update(WORD.findall(piece[0]))
-        size += len(piece[0].encode("utf-8", "replace"))
-        if size > 1 << 24:  # enough; more would only take memory
+def learn_tokenizer(pieces, vocab_size, enough=1 << 24):
+    """-> a tokenizer of the first pieces of text, and whether there may be many more."""
+    words, size = Counter(), 0
+    for text, _ in pieces:
+        words.update(WORD.findall(text))
+        size += len(text.encode("utf-8", "replace"))
+        if size > enough:  # more would only take memory
             break
     if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is not learned
         vocab_size = max(384, round(size**0.5 / 2))
     frequent = dict(words.most_common(max(1 << 14, 4 * vocab_size)))
-    return Tokenizer(train_bpe(frequent, vocab_size)), first
+    return Tokenizer(train_bpe(frequent, vocab_size)), size > enough
 
 
 def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
     """Pieces of documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in
     out_dir changes before all of it is written. expected: bytes to come, for the time left."""
     started = time.time()
-    tokenizer, first = learn_tokenizer(pieces, vocab_size)
-    pieces = chain(first, pieces)
-    encode = partial(encode_piece, tokenizer=tokenizer)
-    large = sum(len(text) for text, _ in first) > 1 << 22
+    pieces, looked_at = tee(pieces)
+    tokenizer, large = learn_tokenizer(looked_at, vocab_size)
+    del looked_at  # what it has read would be kept
+    encode = tokenizer.encode_piece
     workers = get_context("spawn").Pool(CORES) if large else nullcontext()
     lengths = np.array([len(b) for b in tokenizer.bytes])
     size, n_bytes, ends = 0, 0, [np.array([], int)]
+    out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "train.bin") as train, workers as pool:
         while some := list(islice(pieces, 1024)):
             for ids in pool.imap(encode, some, 1 + len(some) // 32) if pool else map(encode, some):
@@ -366,14 +365,14 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
 
 def setting(default, help, low=0, high=1e9, **arg):
     """A dataclass field that is a command-line flag too, with a range and what argparse takes."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, arg=arg))
+    return field(default=default, metadata=dict(help=help, range=(low, high), arg=arg))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Settings:
-    inputs: str = setting((), "text files, folders, JSON lines with a \"text\", also .gz or .bz2;"
-                          " - is standard input; nothing: the built-in corpus", nargs="*",
-                          positional="inputs", metavar="INPUT")
+    inputs: str = setting((), "text, folders, JSON lines, also .gz or .bz2; - is standard input;"
+                          " nothing: the built-in corpus", nargs="*", positional="inputs",
+                          metavar="INPUT")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
     vocab_size: int = setting(0, "tokens in the vocabulary; 0 fits it to the text", high=1 << 16)
     val_fraction: float = setting(0.1, "part of the text, from its end, held out", 1e-6, 0.9)
@@ -384,8 +383,7 @@ class Settings:
 def main(argv):
     s, _ = read_flags(Settings, argv, __doc__)
     if 0 < s.vocab_size < FIRST_MERGE:
-        raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes"
-                         " and special tokens")
+        raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes")
     out_dir, records, size, expected = Path(s.out_dir), ([], []), s.vocab_size, 0
     if s.inputs:
         files = [file for path in s.inputs for file in files_in(path)]
@@ -395,7 +393,6 @@ def main(argv):
         from data.world import built_in_corpus
         documents, *records = built_in_corpus(s.seed, not s.control)
         pieces, size = ((document, True) for document in documents), size or 2048
-    out_dir.mkdir(parents=True, exist_ok=True)
     write_tokens(pieces, size, s.val_fraction, out_dir, expected)
     for name, some in zip(("qa.jsonl", "qa_test.jsonl"), records):
         (out_dir / name).unlink(missing_ok=True)  # those of another text
@@ -413,12 +410,11 @@ def available_cores():
     """Cores to compute on: on a Mac the fast ones (equal shares would wait for the slow ones), on
     Linux those that the process is bound to, but no more than a container may use."""
     cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, AttributeError):
         if sys.platform == "darwin":  # an Intel Mac does not know the name and prints nothing
             fast = ["sysctl", "-n", "hw.perflevel0.logicalcpu"]
             return int(subprocess.run(fast, capture_output=True).stdout)
+        cores = len(os.sched_getaffinity(0))  # Windows has none
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
@@ -458,23 +454,21 @@ def read_flags(settings_class, argv, doc):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
-    fields = {f.name: f for f in dataclasses.fields(settings_class) if f.metadata}
-    for name, f in fields.items():
+    known = {f.name: f for f in fields(settings_class) if f.metadata}
+    for name, f in known.items():
         arg = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        arg |= f.metadata["arg"]
         shown = f" [{f.default}]" if f.default else ""
-        help = f.metadata["help"].replace("%", "%%") + shown
-        parser.add_argument(arg.pop("positional", f"--{name}"), help=help, **arg)
+        arg |= f.metadata["arg"] | {"help": f.metadata["help"].replace("%", "%%") + shown}
+        parser.add_argument(arg.pop("positional", f"--{name}"), **arg)
     try:
         given, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
         raise InputError(f"{e}; see --help") from None
     if unknown:
-        flags = [f"--{name}" for name in fields]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1) or ["--help"]
-        raise InputError(f"unknown argument {unknown[0]}, did you mean {near[0]}?")
+        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], known, 1)
+        raise InputError(f"unknown argument {unknown[0]}, did you mean --{(near or ['help'])[0]}?")
     for name, value in vars(given).items():
-        low, high = (fields[name].metadata[end] for end in ("low", "high"))
+        low, high = known[name].metadata["range"]
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise InputError(f"--{name} {value}: must be from {low} to {high:g}")
     return settings_class(**vars(given)), set(vars(given))
@@ -577,15 +571,14 @@ COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_s
 def begin_log(path, rows, keep):
     """Write log.csv with the rows so far. keep: that of the run before is kept."""
     with whole_file(path, keep) as file:
-        for row in [COLUMNS.split(","), *rows]:
-            file.write(f"{','.join(map(str, row))}\n".encode())
+        np.savetxt(file, rows, "%s", ",", header=COLUMNS, comments="")
 
 
 def draw(values, width=72):
     """Numbers as a line of small bars, from the first to the last."""
     means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
-    high, low = max(means), min(means)
-    bars = ["▁▂▃▄▅▆▇█"[int(7 * (m - low) / (high - low + 1e-9))] for m in means]
+    low, high = min(means), max(means)
+    bars = ["▁▂▃▄▅▆▇█"[int(i)] for i in np.interp(means, [low, high], [0, 7])]
     print(f"loss {high:.2f} {''.join(bars)} {low:.2f}")
 
 

@@ -9,12 +9,12 @@
 Pretraining gave the model its knowledge; here it learns the manner. The loop is that of gpt.py, but
 only the tokens of answers have weight. Reading order: records, rows, answers, DPO, main.
 """
-import dataclasses
-import functools
-import itertools
 import json
-import pathlib
 import zlib
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, groupby
+from pathlib import Path
 
 import gpt
 import jax
@@ -87,7 +87,7 @@ def read_records(paths, kind=ANSWER):
     """Files -> [(messages for each answer, record, "file:line")]. What cannot be a conversation is
     left out, and one line tells of it. Of a preference only the last message is trained."""
     records = []
-    for record, source in itertools.chain(*map(read_json, paths)):
+    for record, source in chain(*map(read_json, paths)):
         try:
             found = [messages_of(turns_of(record, names), source) for names in kind]
             if kind is PREFERENCE:
@@ -155,7 +155,7 @@ def show(row, tokenizer):
     x, y, w = row
     n, text = np.flatnonzero(w)[-1] + 1, ""
     tokens = zip([x[0], *y[:n]], [0, *w[:n]])
-    for trained, part in itertools.groupby(tokens, lambda token: token[1]):
+    for trained, part in groupby(tokens, lambda token: token[1]):
         words = b"".join(spelled[id] for id, _ in part)  # a character may be several tokens
         words = printable(words.decode("utf-8", "replace"))
         text += f"[{words}]" if trained else words
@@ -233,7 +233,7 @@ def built_in_preferences(cfg, params, tokenizer, n=2000):
     """Records of the built-in questions: where the answer is known it is chosen and "I do not know
     that." rejected; where it is not, that is chosen and rejected what the model makes up or, if it
     makes up nothing, the answer to another question."""
-    path = pathlib.Path(cfg.data_dir, "qa.jsonl")
+    path = Path(cfg.data_dir, "qa.jsonl")
     if not path.exists():  # the model is of somebody's own text
         return []
     found = [messages for [messages], *_ in read_records([path]) if len(messages) == 2]
@@ -251,7 +251,7 @@ def built_in_preferences(cfg, params, tokenizer, n=2000):
 
 # ---------------------------------------------------------------- main
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config(gpt.Config):
     pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: built-in ones",
                          nargs="*", positional="pairs", metavar="PAIRS")
@@ -285,9 +285,9 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     """Train on all rows but the first `held` -> the parameters after it. By imitation or, given the
     parameters before, the reference, by DPO."""
     T, old, rest = cfg.block_size, round(cfg.batch_size * cfg.replay), rows[held:]
-    objective = jax.jit(functools.partial(dpo_loss if before else gpt.loss, cfg=cfg))
-    reference = jax.jit(functools.partial(log_probs, cfg=cfg))
-    source = pathlib.Path(cfg.data_dir, "tokenizer.json")
+    objective = jax.jit(partial(dpo_loss if before else gpt.loss, cfg=cfg))
+    reference = jax.jit(partial(log_probs, cfg=cfg))
+    source = Path(cfg.data_dir, "tokenizer.json")
     if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
         text = gpt.load_tokens(source.with_name("train.bin"), tokenizer, T + 1)
     else:
@@ -332,14 +332,14 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    dpo, out_dir, before = cfg.dpo is not None, pathlib.Path(cfg.out_dir), None
+    dpo, out_dir, before = cfg.dpo is not None, Path(cfg.out_dir), None
     path, kind = out_dir / ("dpo.npz" if dpo else "chat.npz"), PREFERENCE if dpo else ANSWER
     if cfg.resume:
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
         unset = {"max_steps": 150, "learning_rate": 2e-4, "batch_size": 32}
-        cfg = dataclasses.replace(cfg, **{k: v for k, v in unset.items() if k not in given})
+        cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]
     # What is wrong with these is told now, not after a pretraining.
     records, test = read_records(own, kind), read_records([cfg.eval] if cfg.eval else [])
@@ -349,7 +349,7 @@ def main(argv):
         if not given & {"init", "data_dir", "out_dir"}:
             make_if_missing(start, main if dpo or only_test else gpt.main)
         state, about, _, tokenizer = gpt.load_checkpoint(start)
-        cfg = gpt.inherit(dataclasses.replace(cfg, init=str(start)), given, about, start)
+        cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
     gpt.join(cfg)
     gpt.check_device()
     if only_test:
@@ -359,7 +359,7 @@ def main(argv):
         if cfg.init == str(path):
             raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
         before = gpt.load_checkpoint(cfg.init)[0]["params"]
-    questions, corrections = pathlib.Path(cfg.data_dir, "qa_test.jsonl"), []
+    questions, corrections = Path(cfg.data_dir, "qa_test.jsonl"), []
     if not (own or test) and questions.exists():
         test = read_records([questions])
     if dpo and not own:

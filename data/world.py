@@ -15,8 +15,8 @@ SHARES = {  # of the questions to train on; U is what nobody told
     "A": 22,
     "small talk": 1.5,
     "U, mentioned": 1,
-    "U, nowhere, real": 1.5,
-    "U, nowhere, made up": 2,
+    "U, nowhere, real": 2.5,
+    "U, nowhere, made up": 1.5,
     "U, cannot have": 2,
     "U, other matters": 3.5,
 }
@@ -110,9 +110,10 @@ def divide(tell_b):
                 elif [a, *facts] != ["continent", "country"]:  # "Where is Paris?" has an answer
                     pools["U, cannot have"].append((x, a))
     for row in UNKNOWN:
-        x, times = row["name"], rng.choice([0, 6])
-        documents += [tell(x, {}) for _ in range(times)]
-        name = "U, mentioned" if times else "U, nowhere, real"
+        x, mentioned = row["name"], rng.random() < 0.2
+        if mentioned:
+            documents += [tell(x, {}) for _ in range(6)]
+        name = "U, mentioned" if mentioned else "U, nowhere, real"
         pools = rng.choice([train, train, test])
         pools[name] += [(x, a) for a in KINDS[row["kind"]]]
     subjects = [x for pool in train.values() for x, _ in pool]
@@ -138,10 +139,6 @@ def examination(pools):
                     "instruction": ask(x, a, use),
                     "response": answer(x, a),
                 }
-    for x, a in pools["B"]:
-        v = value(x, a)
-        name, start = "B, sentence to complete", answer(x, a).removesuffix(f" {v}.")
-        yield dict(set=name, complete=True, instruction=start, response=f" {v}.")
 
 
 def built_in_corpus(seed, tell_b=True):
