@@ -6,25 +6,23 @@ files as people have them, and for the programs as they are run.
     python -m pytest -q -k twin      # the tests whose name holds this word
 """
 import bz2
-import contextlib
-import dataclasses
-import functools
 import gzip
 import io
 import json
-import math
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import types
-import unicodedata
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -37,34 +35,44 @@ import prepare
 import pytest
 import sft
 from data.world import built_in_corpus
+from jax import tree
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
+from pytest import approx
 
 pytestmark = pytest.mark.filterwarnings("error")  # deprecations too
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)  # its gain alone meets more dimensions
-tree, replace = jax.tree, dataclasses.replace
+parametrize = pytest.mark.parametrize
 only_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and terminals")
+
+
+def rows(table):
+    """Lines of cells with " | " between them; a line that begins with "|" goes on with a row."""
+    return [row.split(" | ") for row in table.strip("\n").replace("\n|", " |").split("\n")]
+
 
 # ---------------------------------------------------------------- the NumPy twin
 
 B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one another
 
+# Each layer of one sequence x (T, C) returns its output y and the way back: a function of dy, the
+# gradient with respect to y, that gives dx and the gradient of the parameters.
 
 def twin_norm(x, gain):
+    """y = x r gain with r = mean(x^2)^(-1/2), so dr = -r^3 x dx / C."""
     r = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-    return x * r * gain, r
 
-
-def twin_norm_back(dy, x, r, gain):
-    """y = x r gain with r = mean(x^2)^(-1/2): dr = -r^3 x dx / C."""
-    dh = dy * gain
-    return r * dh - x * r**3 * (x * dh).mean(-1, keepdims=True), (dy * x * r).sum(0)
+    def back(dy):
+        dh = dy * gain
+        return r * dh - x * r**3 * (x * dh).mean(-1, keepdims=True), (dy * x * r).sum(0)
+    return x * r * gain, back
 
 
 def twin_rotate(x, angle):
+    """Pairs of numbers are complex numbers, which e^(i angle) turns."""
     a, b = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angle), np.sin(angle)
-    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    turned = (a + 1j * b) * np.exp(1j * angle)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
 def twin_softmax(x):
@@ -72,77 +80,65 @@ def twin_softmax(x):
     return p / p.sum(-1, keepdims=True)
 
 
-def split_heads(x):
-    return x.reshape(len(x), H, D).swapaxes(0, 1)
+def twin_attention(x, wqkv, wo):
+    q, k, v = (x @ wqkv).reshape(-1, 3, H, D).transpose(1, 2, 0, 3)  # (H, T, D) each
+    angle = np.arange(len(x))[:, None] / 10000 ** (np.arange(D // 2) / (D // 2))
+    q, k = twin_rotate(q, angle), twin_rotate(k, angle)
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(D)
+    a = twin_softmax(np.where(np.tri(len(x)) > 0, scores, -np.inf))
+    o = (a @ v).swapaxes(0, 1).reshape(-1, H * D)
+
+    def back(dy):
+        do = (dy @ wo.T).reshape(-1, H, D).swapaxes(0, 1)
+        da, dv = do @ v.swapaxes(1, 2), a.swapaxes(1, 2) @ do
+        ds = a * (da - (a * da).sum(-1, keepdims=True)) / np.sqrt(D)
+        dq, dk = twin_rotate(ds @ k, -angle), twin_rotate(ds.swapaxes(1, 2) @ q, -angle)
+        dqkv = np.array([dq, dk, dv]).transpose(2, 0, 1, 3).reshape(len(x), -1)
+        return dqkv @ wqkv.T, {"wqkv": x.T @ dqkv, "wo": o.T @ dy}
+    return o @ wo, back
 
 
-def join_heads(x):
-    return x.swapaxes(0, 1).reshape(-1, H * D)
+def twin_mlp(x, w_up, w_down):
+    u = np.maximum(x @ w_up, 0)
+
+    def back(dy):
+        du = dy @ w_down.T * 2 * u
+        return du @ w_up.T, {"w_up": x.T @ du, "w_down": (u**2).T @ dy}
+    return u**2 @ w_down, back
 
 
 def twin(params, x, y, w):
     """One sequence in float64: x, y, w (T,) -> logits, the weighted sum of the losses, and its
     gradient by hand."""
-    T, g, kept = len(x), tree.map(np.zeros_like, params), []
-    angle = np.arange(T)[:, None] / 10000 ** (np.arange(D // 2) / (D // 2))
-    h = params["wte"][x]
-    for p in params["blocks"]:
-        n1, r1 = twin_norm(h, p["norm1"])
-        q, k, v = map(split_heads, np.split(n1 @ p["attn"]["wqkv"], 3, axis=-1))
-        q, k = twin_rotate(q, angle), twin_rotate(k, angle)
-        scores = q @ k.swapaxes(1, 2) / np.sqrt(D)
-        a = twin_softmax(np.where(np.tri(T) > 0, scores, -np.inf))
-        o = join_heads(a @ v)
-        mid = h + o @ p["attn"]["wo"]
-        n2, r2 = twin_norm(mid, p["norm2"])
-        u = np.maximum(n2 @ p["mlp"]["w_up"], 0)
-        kept.append((h, n1, r1, q, k, v, a, o, mid, n2, r2, u))
-        h = mid + u**2 @ p["mlp"]["w_down"]
-    n, r = twin_norm(h, params["norm"])
+    h, passed, g = params["wte"][x], [], {"blocks": [{} for _ in params["blocks"]]}
+    for p, gp in zip(params["blocks"], g["blocks"]):
+        for gain, name, layer in ("norm1", "attn", twin_attention), ("norm2", "mlp", twin_mlp):
+            n, norm_back = twin_norm(h, p[gain])
+            change, back = layer(n, **p[name])
+            h = h + change
+            passed.append((gp, gain, name, norm_back, back))
+    n, norm_back = twin_norm(h, params["norm"])
     logits = n @ params["wte"].T
-    p = twin_softmax(logits)
-    loss = -(w * np.log(p[np.arange(T), y])).sum()
-
-    dlogits = w[:, None] * (p - np.eye(len(params["wte"]))[y])  # softmax, cross-entropy together
-    g["wte"] += dlogits.T @ n  # the embedding is used twice: here as the head ...
-    dh, g["norm"] = twin_norm_back(dlogits @ params["wte"], h, r, params["norm"])
-    for p, gb, saved in list(zip(params["blocks"], g["blocks"], kept))[::-1]:
-        h, n1, r1, q, k, v, a, o, mid, n2, r2, u = saved
-        gb["mlp"]["w_down"] = (u**2).T @ dh
-        du = dh @ p["mlp"]["w_down"].T * 2 * u
-        gb["mlp"]["w_up"] = n2.T @ du
-        dmid, gb["norm2"] = twin_norm_back(du @ p["mlp"]["w_up"].T, mid, r2, p["norm2"])
-        dmid += dh
-        gb["attn"]["wo"] = o.T @ dmid
-        do = split_heads(dmid @ p["attn"]["wo"].T)
-        da = do @ v.swapaxes(1, 2)
-        ds = a * (da - (a * da).sum(-1, keepdims=True)) / np.sqrt(D)
-        dq = twin_rotate(ds @ k, -angle)
-        dk = twin_rotate(ds.swapaxes(1, 2) @ q, -angle)
-        dv = a.swapaxes(1, 2) @ do
-        dqkv = np.concatenate([join_heads(z) for z in (dq, dk, dv)], axis=-1)
-        gb["attn"]["wqkv"] = n1.T @ dqkv
-        dh, gb["norm1"] = twin_norm_back(dqkv @ p["attn"]["wqkv"].T, h, r1, p["norm1"])
-        dh += dmid
-    np.add.at(g["wte"], x, dh)  # ... and here as the table
-    return logits, loss, g
+    p, targets = twin_softmax(logits), np.eye(V)[y]
+    dlogits = w[:, None] * (p - targets)  # softmax and cross-entropy together
+    dh, g["norm"] = norm_back(dlogits @ params["wte"])
+    for gp, gain, name, norm_back, back in reversed(passed):
+        dn, gp[name] = back(dh)
+        dx, gp[gain] = norm_back(dn)
+        dh = dh + dx
+    g["wte"] = dlogits.T @ n + np.eye(V)[x].T @ dh  # the embedding is used twice: head and table
+    return logits, -w @ np.log((p * targets).sum(-1)), g
 
 
-@pytest.fixture(scope="module")
-def case():
-    """A model whose parameters are all random, a batch with uneven weights, what the twin says."""
-    cfg = sft.Config(n_layer=L, n_head=H, n_embd=H * D, block_size=T, vocab_size=V, batch_size=B,
-                     dtype="float32", weight_decay=0.1, beta=0.3)
-    rng = np.random.default_rng(0)
-    params = tree.map(lambda p: p + np.float32(rng.normal(0, 0.2, p.shape)),
-                      gpt.init_params(cfg, rng))
-    tokens = np.int32(rng.integers(0, V, (B, T + 1)))
-    x, y, w = batch = tokens[:, :-1], tokens[:, 1:], np.float32(rng.integers(0, 3, (B, T)))
-    exact = tree.map(np.float64, params)
-    logits, losses, gradients = zip(*(twin(exact, *row) for row in zip(x, y, w)))
-    total, gradient = sum(losses), tree.map(lambda *g: sum(g), *gradients)
-    logits, losses = np.array(logits), np.array(losses)
-    return types.SimpleNamespace(**locals())
+# A model whose parameters are all random, a batch with uneven weights, what the twin says of them.
+CFG = sft.Config(n_layer=L, n_head=H, n_embd=H * D, block_size=T, vocab_size=V, batch_size=B,
+                 dtype="float32", weight_decay=0.1, beta=0.3)
+RNG = np.random.default_rng(0)
+PARAMS = tree.map(lambda p: p + np.float32(RNG.normal(0, 0.2, p.shape)), gpt.init_params(CFG, RNG))
+EXACT, TOKENS = tree.map(np.float64, PARAMS), np.int32(RNG.integers(0, V, (B, T + 1)))
+X, Y, W = BATCH = TOKENS[:, :-1], TOKENS[:, 1:], np.float32(RNG.integers(0, 3, (B, T)))
+LOGITS, LOSSES, GRADIENTS = zip(*(twin(EXACT, *row) for row in zip(X, Y, W)))
+GRADIENT = tree.map(lambda *g: sum(g), *GRADIENTS)
 
 
 def assert_close(a, b, tolerance):
@@ -153,94 +149,87 @@ def assert_close(a, b, tolerance):
 
 # ---------------------------------------------------------------- model, step, generation
 
-
-@pytest.mark.parametrize("queries", [9, 3])
-@pytest.mark.parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
-def test_logits_loss_and_every_gradient_equal_the_twins(case, dtype, near, queries, monkeypatch):
+@parametrize("queries", [9, 3])
+@parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, monkeypatch):
     if dtype == "bfloat16" and gpt.on_metal():
         pytest.skip("Metal has no bfloat16")
     monkeypatch.setattr(gpt, "QUERIES", queries)  # in one block of queries, and in three
-    cfg = replace(case.cfg, dtype=dtype)
-
-    @jax.jit
-    def all_of_it(params):
-        logits = gpt.logits_of(params, gpt.forward(params, case.x, cfg)[0], cfg)
-        objective = jax.value_and_grad(gpt.loss, has_aux=True)
-        return logits, objective(params, case.batch, None, cfg)
-
-    logits, ((total, count), gradient) = all_of_it(case.params)
-    assert_close(logits, case.logits, near)
-    assert (np.abs(logits - case.logits).max() > 1e-3) == (dtype == "bfloat16")  # it is rounded
-    assert total == pytest.approx(case.total, rel=near / 5) and count == case.w.sum()
-    assert_close(gradient, case.gradient, near)
+    cfg, twins = replace(CFG, dtype=dtype), np.array(LOGITS)
+    logits = gpt.logits_of(PARAMS, gpt.forward(PARAMS, X, cfg)[0], cfg)
+    assert_close(logits, twins, near)
+    assert (np.abs(logits - twins).max() > 1e-3) == (dtype == "bfloat16")  # it is rounded
+    objective = jax.jit(jax.value_and_grad(partial(gpt.loss, cfg=cfg), has_aux=True))
+    (total, count), gradient = objective(PARAMS, BATCH, None)
+    assert total == approx(sum(LOSSES), rel=near / 5) and count == W.sum()
+    assert_close(gradient, GRADIENT, near)
 
 
-def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_key(case):
-    def dropped(key, place=5, ones=np.ones((99, 99), np.float32)):
-        return np.asarray(gpt.drop(ones, replace(case.cfg, dropout=0.25), key, place))
+def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_key():
+    cfg, ones = replace(CFG, dropout=0.25), np.ones((99, 99), np.float32)
+    wheres = ([0, 1], 5), ([0, 1], 5), ([0, 1], 6), ([0, 2], 5)
+    drops = (gpt.drop(ones, cfg, np.uint32(key), place) for key, place in wheres)
+    a, again, elsewhere, other = map(np.asarray, drops)
+    assert (a == again).all() and (a != elsewhere).any() and (a != other).any()
+    assert np.unique(a) == approx([0, 4 / 3]) and abs(a.mean() - 1) < 0.02
+    assert gpt.drop(ones, cfg, None, 5) is ones
 
-    key, other = np.array([[0, 1], [0, 2]], np.uint32)
-    a = dropped(key)
-    assert (a == dropped(key)).all() and (a != dropped(key, 6)).any() and (a != dropped(other)).any()
-    assert np.unique(a) == pytest.approx([0, 4 / 3]) and abs(a.mean() - 1) < 0.02
-    assert (dropped(None) == 1).all()
 
-
-def test_adam_equals_its_closed_form_with_decay_and_clipping(case):
-    expected, history = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}, []
-    state = gpt.new_state(dict(expected))
-    for t in range(1, 6):
-        grads = tree.map(lambda p: case.rng.normal(size=p.shape) * 10.0 ** (t - 3), expected)
-        state = gpt.adam(state, grads, t, 0.01, case.cfg)
+def test_adam_equals_its_closed_form_with_decay_and_clipping():
+    """Its means are those of all gradients so far, each with weight beta^age."""
+    params, past = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}, []
+    state = gpt.new_state(dict(params))
+    for t in range(5):
+        grads = tree.map(lambda p: RNG.normal(size=p.shape) * 10.0 ** (t - 2), params)
+        state = gpt.adam(state, grads, t + 1, 0.01, CFG)
         length = np.sqrt(sum((g**2).sum() for g in grads.values()))
-        history.append(tree.map(lambda g: g * min(1, 1 / length), grads))
-        for name, p in expected.items():
-            past = [(t - i, g[name]) for i, g in enumerate(history, 1)]
-            mean = sum(0.1 * 0.9**age * g for age, g in past) / (1 - 0.9**t)
-            square = sum(0.01 * 0.99**age * g**2 for age, g in past) / (1 - 0.99**t)
+        past.append(tree.map(lambda g: g / max(1, length), grads))
+        age = np.arange(t, -1, -1)
+        for name, p in params.items():
+            gs = [grads[name] for grads in past]
+            mean, square = np.average(gs, 0, 0.9**age), np.average(np.square(gs), 0, 0.99**age)
             decay = 0.1 * p if name == "matrix" else 0
-            expected[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
-    assert_close(state["params"], expected, 1e-5)
+            params[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
+    assert_close(state["params"], params, 1e-5)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
     cfg = gpt.Config(learning_rate=1.0, warmup=10 / 110, max_steps=110)
     rates = [gpt.learning_rate(step, cfg) for step in (0, 10, 60, 110)]
-    assert rates == pytest.approx([1 / 11, 1, 0.525, 0.05])
+    assert rates == approx([1 / 11, 1, 0.525, 0.05])
 
 
-@pytest.mark.parametrize("micro, shard", [(1, False), (3, False), (3, True)])  # 6 devices, 2
-def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(case, micro, shard):
-    cfg = replace(case.cfg, batch_size=B // micro, grad_accum=micro, shard_params=shard)
-    before, loss = gpt.new_state(case.params), functools.partial(gpt.loss, cfg=cfg)
+@parametrize("micro, shard", [(1, False), (3, False), (3, True)])  # 6 devices, 2
+def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(micro, shard):
+    cfg = replace(CFG, batch_size=B // micro, grad_accum=micro, shard_params=shard)
+    before, objective = gpt.new_state(PARAMS), partial(gpt.loss, cfg=cfg)
     home, devices = gpt.homes(before, cfg), gpt.placements(cfg.batch_size)[0].mesh.size
     for weight in (0, 1):  # a batch without weights has gradient zero, not NaN
-        parts = zip(*(np.split(a, micro) for a in (case.x, case.y, weight * case.w)))
-        step = gpt.make_step(loss, dict(enumerate(parts, 4 * micro)).get, cfg, home)
+        parts = zip(*(np.split(a, micro) for a in (X, Y, weight * W)))
+        step = gpt.make_step(objective, dict(enumerate(parts, 4 * micro)).get, cfg, home)
         state, mean = step(tree.map(gpt.put, before, home), 4, 0.01)
-        share = weight / case.w.sum()
-        assert float(mean) == pytest.approx(share * case.total, rel=1e-5)
-        gradient = tree.map(lambda g: np.float32(g * share), case.gradient)
+        share = weight / W.sum()
+        assert float(mean) == approx(share * sum(LOSSES), rel=1e-5)
+        gradient = tree.map(lambda g: np.float32(g * share), GRADIENT)
         assert_close(state, gpt.adam(before, gradient, 5.0, 0.01, cfg), 1e-3)
     for a in tree.leaves(state):  # split: to each device its part of the memory
         assert a.addressable_shards[0].data.nbytes * (devices if shard else 1) == a.nbytes
 
 
-def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(case, monkeypatch):
+def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(monkeypatch):
     monkeypatch.setattr(gpt, "END", 4)  # that some rows end in
-    prompts = [row[:n].tolist() for row, n in zip(case.x, [1, 3, T, 2, 5])]
-    prompts += [[4] * (T + 2), [1], [2]]
-    steps = gpt.make_generator(case.cfg)(case.params, prompts, 3 * T, case.rng)
+    prompts = [row[:n].tolist() for row, n in zip(X, [1, 3, T, 2, 5])] + [[4] * (T + 2), [1], [2]]
+    steps = gpt.make_generator(CFG)(PARAMS, prompts, 3 * T, RNG)
     said = [*zip(*(new for new, _ in steps))]
     assert {4 in row for row in said} == {True, False}
-    for window, new in zip(prompts, said):
-        window, ended = window[-T:], False
-        for id in new:
-            window = window if len(window) <= T else window[-(T // 2 + 1):]
-            logits = twin(case.exact, window, window, np.zeros(len(window)))[0]
-            assert id == (4 if ended else logits[-1].argmax())
+    for prompt, new in zip(prompts, said):
+        window = prompt[-T:]
+        for i, id in enumerate(new):
+            if len(window) > T:
+                del window[:-(T // 2 + 1)]
+            logits = twin(EXACT, window, window, np.zeros(len(window)))[0]
+            assert id == (4 if 4 in new[:i] else logits[-1].argmax())
             window.append(id)
-            ended = id == 4
 
 
 def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
@@ -254,7 +243,6 @@ def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
 
 
 # ---------------------------------------------------------------- tokenizer and examples
-
 
 def naive_bpe(words, vocab_size):
     """The definition: count all pairs anew before each merge; the most frequent one, of equals the
@@ -305,35 +293,32 @@ def test_any_text_survives_encoding_and_no_text_becomes_a_special_token():
         assert "".join(TOKENIZER.stream(ids)) == TOKENIZER.decode(ids)
 
 
-@pytest.mark.parametrize("text", ["a", " ", "\n ", "한", "東", "e\u0301", "\u0e01\u0e34", "_", "7"])
+@parametrize("text", ["a", " ", "\n ", "한", "東", "e\u0301", "\u0e01\u0e34", "_", "7"])
 def test_hostile_text_takes_linear_time(text):
     text *= 1 << 17
     for tokenizer in (tokenizer_of(text, 270), TOKENIZER):  # quadratic time would be hours
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_combining_marks_stay_in_their_word():
-    words = prepare.WORD.findall
-    assert words("हिन्दी में लिखा") == ["हिन्दी", " में", " लिखा"]
-    decomposed = unicodedata.normalize("NFD", "Café crème")
-    assert words(decomposed) == decomposed.replace(" ", "| ").split("|")
-    thai = words("ภาษาไทยที่นี่")
-    assert len(thai) > 1 and all(unicodedata.category(word[0]) == "Lo" for word in thai)
+@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me", "ภาษา|ไทยที่|นี่"])
+def test_combining_marks_stay_in_their_word(text):
+    assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
 
 def dialogue(*texts):
     """dialogue("hi", "ho") -> [("user", "hi", False), ("assistant", "ho", True)]"""
-    return [(("user", "assistant")[i % 2], text, i % 2 == 1) for i, text in enumerate(texts)]
+    return [(["user", "assistant"][i % 2], text, i % 2 == 1) for i, text in enumerate(texts)]
 
 
 def test_answers_and_their_ends_are_trained_and_nothing_else():
-    q1, a1, q2, a2 = (TOKENIZER.encode(f" {t}") for t in ["the cat?", "a mat", "and?", "the hat"])
-    ids, trained = sft.render(dialogue("the cat?", "a mat", "and?", "the hat"), TOKENIZER)
+    texts = ["the cat?", "a mat", "and?", "the hat"]
+    ids, trained = sft.render(dialogue(*texts), TOKENIZER)
+    q1, a1, q2, a2 = (TOKENIZER.encode(f" {text}") for text in texts)
     assert ids == [USER, *q1, ASSISTANT, *a1, END, USER, *q2, ASSISTANT, *a2, END]
     x, y, w = sft.shift(ids, trained, 64)
     padding = [0] * (65 - len(ids))
-    assert x.tolist() == ids[:-1] + padding and y.tolist() == ids[1:] + padding
-    assert y[w == 1].tolist() == [*a1, END, *a2, END]  # not what follows an end, not the padding
+    assert [*x] == ids[:-1] + padding and [*y] == ids[1:] + padding
+    assert [*y[w == 1]] == [*a1, END, *a2, END]  # not what follows an end, not the padding
 
 
 def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
@@ -342,65 +327,48 @@ def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns
         ids, trained = sft.render(dialogue(question, "a mat"), TOKENIZER)
         assert prompt == ids[:len(prompt)] and trained.index(True) == len(prompt)
     turns = dialogue(*["the cat " * 5, "a mat"] * 20, "the hat?")
-    shorter = [sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2)]
+    shorter = (sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2))
     fits = next(ids for ids in shorter if len(ids) + 24 <= 64)
     assert chat.prompt_ids(turns, TOKENIZER, 64) == fits
 
 
-def test_the_dpo_loss_and_its_gradient_equal_the_papers(case):
+def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     """The rows of the batch in pairs, the first of each preferred; the twin gives their losses."""
-    batch, logp = [a.reshape(3, 2, T) for a in case.batch], -case.losses.reshape(3, 2)
-    reference, beta = np.float32(logp + case.rng.normal(size=(3, 2))), case.cfg.beta
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def value(arrays, anchor=0.0):
-        objective = jax.value_and_grad(sft.dpo_loss, has_aux=True)
-        return objective(case.params, arrays, None, case.cfg, anchor)
-
-    (total, count), gradient = value([*batch, reference], 0.7)
-    margin = beta * ((logp - reference) @ [1, -1])
-    per_token = 0.7 / batch[2][:, 0].sum(-1)
+    pairs, logp = [a.reshape(3, 2, T) for a in BATCH], -np.reshape(LOSSES, (3, 2))
+    reference = np.float32(logp + RNG.normal(size=(3, 2)))
+    objective = jax.jit(jax.value_and_grad(partial(sft.dpo_loss, cfg=CFG, anchor=0.7), has_aux=True))
+    (total, count), gradient = objective(PARAMS, [*pairs, reference], None)
+    margin = CFG.beta * ((logp - reference) @ [1, -1])
+    per_token = 0.7 / W[::2].sum(-1)
     expected = np.log1p(np.exp(-margin)) - per_token * logp[:, 0]
-    assert count == 3 and total == pytest.approx(expected.sum(), rel=1e-4)
-    doubt = beta / (1 + np.exp(margin))
+    assert count == 3 and total == approx(expected.sum(), rel=1e-4)
+    doubt = CFG.beta / (1 + np.exp(margin))
     factors = np.stack([doubt + per_token, -doubt], axis=1).ravel()  # of the rows' gradients
-    assert_close(gradient, tree.map(lambda *g: sum(map(np.multiply, factors, g)), *case.gradients), 1e-3)
-    (before, _), _ = value([*batch, np.float32(logp)])
-    assert before == pytest.approx(3 * math.log(2), abs=1e-4)  # nothing is learned yet
-    (swapped, _), _ = value([a[:, ::-1] for a in (*batch, reference)])
-    assert swapped == pytest.approx(np.log1p(np.exp(margin)).sum(), rel=1e-4)
+    assert_close(gradient, tree.map(lambda *g: np.tensordot(factors, g, 1), *GRADIENTS), 1e-3)
 
 
 # ---------------------------------------------------------------- files as people have them
 
 SHOWN = """
-{"instruction": "Hi", "input": "", "context": null, "output": "Ho", "id": 7}
-= <|user|> Hi<|assistant|>[ Ho<|end|>]
-{"instruction": "Sum", "context": "2+2", "response": "4"}
-= <|user|> Sum//2+2<|assistant|>[ 4<|end|>]
-{"instruction": "", "input": "What is 2+2?", "output": "4"}
-= <|user|> What is 2+2?<|assistant|>[ 4<|end|>]
-{"prompt": "Schlüssel?", "completion": "weiß 😀 — 東京 \\ud83d"}
-= <|user|> Schlüssel?<|assistant|>[ weiß 😀 — 東京 ?<|end|>]
-{"prompt": [{USER: "Hi"}], "completion": [{BOT: "Ho"}]}
-= <|user|> Hi<|assistant|>[ Ho<|end|>]
-{"messages": [{"role": "system", "content": ""}, {USER: "Hi"}, {BOT: "Ho", "tool_calls": null}]}
-= <|user|> Hi<|assistant|>[ Ho<|end|>]
+{"instruction": "Hi", "input": "", "context": null, "output": "Ho", "id": 7} | ¿ Hi¡[ Ho■]
+{"instruction": "Sum", "context": "2+2", "response": "4"} | ¿ Sum↵↵2+2¡[ 4■]
+{"instruction": "", "input": "What is 2+2?", "output": "4"} | ¿ What is 2+2?¡[ 4■]
+{"prompt": "Schlüssel?", "completion": "weiß 😀 — 東京 \\ud83d"} | ¿ Schlüssel?¡[ weiß 😀 — 東京 ?■]
+{"prompt": [{USER: "Hi"}], "completion": [{BOT: "Ho"}]} | ¿ Hi¡[ Ho■]
+{"messages": [{"role": "system", "content": ""}, {USER: "Hi"}, {BOT: "Ho", "tool_calls": null}]} | ¿ Hi¡[ Ho■]
 {"messages": [{"role": "developer", "content": "Be"}, {USER: [{"text": "H"}, {"text": "i"}]}, {BOT: "Ho"}]}
-= <|user|> Be//Hi<|assistant|>[ Ho<|end|>]
+| ¿ Be↵↵Hi¡[ Ho■]
 {"messages": [{USER: "Q"}, {BOT: "bad", "weight": 0}, {USER: "R"}, {BOT: "good", "weight": 1}]}
-= <|user|> Q<|assistant|> bad<|end|><|user|> R<|assistant|>[ good<|end|>]
+| ¿ Q¡ bad■¿ R¡[ good■]
 {"conversations": [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
-= <|user|> Be//Hi<|assistant|>[ Ho<|end|>]
-{"conversations": [{USER: "Hi"}, {BOT: "Ho"}, {USER: "Bye"}]}
-= <|user|> Hi<|assistant|>[ Ho<|end|>]
-{"instruction": "Hi", "input": "now", "chosen": "Ho", "rejected": "No"}
-= <|user|> Hi//now<|assistant|>[ Ho<|end|>] <|user|> Hi//now<|assistant|>[ No<|end|>]
+| ¿ Be↵↵Hi¡[ Ho■]
+{"conversations": [{USER: "Hi"}, {BOT: "Ho"}, {USER: "Bye"}]} | ¿ Hi¡[ Ho■]
+{"instruction": "Hi", "input": "now", "chosen": "Ho", "rejected": "No"} | ¿ Hi↵↵now¡[ Ho■] ¿ Hi↵↵now¡[ No■]
 {"prompt": "Hi", "chosen": [{USER: "Hi"}, {BOT: "Ho"}], "rejected": [{USER: "Hi"}, {BOT: "No"}]}
-= <|user|> Hi<|assistant|>[ Ho<|end|>] <|user|> Hi<|assistant|>[ No<|end|>]
+| ¿ Hi¡[ Ho■] ¿ Hi¡[ No■]
 {"prompt": [{USER: "A"}, {BOT: "B"}, {USER: "C"}], "chosen": [{BOT: "B"}], "rejected": "D"}
-= @ C<|assistant|>[ B<|end|>] @ C<|assistant|>[ D<|end|>]
-"""
+| ¿ A¡ B■¿ C¡[ B■] ¿ A¡ B■¿ C¡[ D■]
+"""  # ¿ stands for <|user|>, ¡ for <|assistant|>, ■ for <|end|>, ↵ for a new line
 LEFT_OUT = """
 {"instruction": "area", "input": "4 cm x 5 cm", "output": ""}
 {"instruction": ["list"], "output": 4}
@@ -418,76 +386,71 @@ LEFT_OUT = """
 """
 
 
-def records_of(table):
-    long = table.replace("USER", '"role": "user", "content"')
-    return long.replace("BOT", '"role": "assistant", "content"').strip().split("\n")
+def shown(name, text, record):
+    """Write a file of records -> what is trained of it; spelled out: USER and BOT."""
+    text = text.replace("USER", '"role": "user", "content"')
+    write(name, text.replace("BOT", '"role": "assistant", "content"'))
+    flag = "--dpo=" if "chosen" in record else ""
+    return outcome(f"sft {flag}{name} --show=9 --init=out/base.npz").replace("\n<|user", " <|user")
 
 
-def shown(path, record):
-    how = f"--dpo={path}" if "chosen" in record else path
-    return outcome(sft.main, how, "--show=9", "--init=out/base.npz").replace("\n<|user", " <|user")
-
-
-@pytest.mark.parametrize("record, expected", [*zip(*[iter(records_of(SHOWN))] * 2)])
+@parametrize("record, expected", rows(SHOWN))
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
-    expected = expected[2:].replace("//", "\n\n")
-    expected = expected.replace("@", "<|user|> A<|assistant|> B<|end|><|user|>")
-    path = Path("records.json")  # JSON lines, though not named so; then a list
-    path.write_bytes(f"\ufeff{record}\r\n".encode())
-    assert expected in shown("records.json", record)
-    path.write_bytes(f"[\n{record},\n{record}\n]".encode())
-    assert shown("records.json", record).endswith(f"{expected} {expected}\n")
+    for sign, meaning in zip("■¿¡↵", [*SPECIAL, "\n"]):
+        expected = expected.replace(sign, meaning)
+    assert expected in shown("records.json", f"\ufeff{record}\r\n", record)  # JSON lines
+    as_list = shown("records.json", f"[\n{record},\n{record}\n]", record)
+    assert as_list.endswith(f"{expected} {expected}\n")
 
 
-@pytest.mark.parametrize("record", records_of(LEFT_OUT))
+@parametrize("record", LEFT_OUT.strip().split("\n"))
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
-    Path("records.jsonl").write_text("\n".join([good, record, good]))
-    said = shown("records.jsonl", record)
+    said = shown("records.jsonl", f"{good}\n{record}\n{good}", record)
     assert said.startswith("left out: 1 ") and "records.jsonl:2)" in said
     assert said.count("<|assistant|>[ Ho") == 2
 
 
-def write(name, content):
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(Path(name).suffix, bytes)
-    Path(name).write_bytes(pack(content))
+def write(name, text):
+    """Surrogates stand for bytes that are not UTF-8."""
+    path, content = Path(name), text.encode("utf-8", "surrogateescape")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes({".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)(content))
 
 
 TEXT_FILES = r"""
-c4-train.00000-of-01024.json.gz | {"text": "one"}\n{"text": "two", "url": ""}\n | one;two |
-wiki_00 | \n{"text": "one"}\n{"text": "two"} | one;two |
+c4-train.00000-of-01024.json.gz | {"text": "one"}\n{"text": "two", "url": ""}\n | one;two | next
+wiki_00 | \n{"text": "one"}\n{"text": "two"} | one;two | next
 w.txt.bz2 | {"text": "one and two"}\n{"text": " "}\n{"id": 1}\n{"te | one and two | left out: 1 empty document
-stories.txt | one\n<|endoftext|>\ntwo<|endoftext|>three | one\n;two;three |
-dos.txt | \ufeffone\r\ntwo\rthree\n | one\ntwo\nthree\n |
-spaces | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado |
+stories.txt | one\n<|endoftext|>\ntwo<|endoftext|>three | one\n;two;three | next
+dos.txt | \ufeffone\r\ntwo\rthree\n | one\ntwo\nthree\n | next
+spaces | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | next
 broken.txt | caf\xe9 na\xefve\n\udce9t\xe9 | caf\xe9 na\xefve\n\ufffdt\xe9 | not UTF-8 (the first: broken.txt:2)
-markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n |
+markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next
 """
+LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # as Latin-1 has it
 
 
-@pytest.mark.parametrize("row", TEXT_FILES.strip().split("\n"))
+@parametrize("row", rows(TEXT_FILES))
 def test_a_file_of_text_becomes_the_documents_that_are_in_it(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    name, text, documents, says = row.encode().decode("unicode_escape").split(" | " if row[-1] != "|" else " |")
-    write(name, text.lstrip(" ").encode("utf-8", "surrogateescape"))
-    assert says in outcome(prepare.main, name, "--vocab_size=300")
-    assert documents_in("data") == documents.lstrip(" ").split(";")
+    name, text, expected, says = (cell.encode().decode("unicode_escape") for cell in row)
+    write(name, text)
+    assert says in outcome(f"prepare {name} --vocab_size=300")
+    assert documents() == expected.split(";")
 
 
 def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    odd = {"sub/wiki_00": '{"text": "one"}\n{"text": "two"}', "nul.txt": "a\0b", "latin.txt": LATIN}
     for name in """B.TXT a.md sub/c.txt.gz .hidden.txt .git/x.txt env/pyvenv.cfg env/lib/x.txt code.py
-            tokenizer.json qa.jsonl nul.txt latin.txt""".split():
-        write(f"in/{name}", name.encode())
-    write("in/sub/wiki_00", b'{"text": "one"}\n{"text": "two"}')
-    write("in/nul.txt", b"a\0b")
-    write("in/latin.txt", "déjà vu, ça été\n".encode("latin-1") * 20)
-    with contextlib.suppress(OSError):  # Windows asks for a right
+            tokenizer.json qa.jsonl nul.txt latin.txt sub/wiki_00""".split():
+        write(f"in/{name}", odd.get(name, name))
+    with suppress(OSError):  # Windows asks for a right
         os.symlink(tmp_path / "in", "in/sub/again")
-    said = outcome(prepare.main, "in")
-    assert re.search(r"left out: 2 files \(the first: in.latin.txt: not UTF-8; .* iconv", said)
-    assert documents_in("data") == ["B.TXT", "a.md", "sub/c.txt.gz", "one", "two"]
+    says = "left out: 2 files .the first: in.latin.txt: not UTF-8; .* iconv"
+    assert re.search(says, outcome("prepare in"))
+    assert documents() == ["B.TXT", "a.md", "sub/c.txt.gz", "one", "two"]
 
 
 def test_printable_takes_from_text_only_what_can_steer_a_terminal():
@@ -507,16 +470,17 @@ def test_the_quota_of_a_container_limits_the_cores(monkeypatch):
 
 # ---------------------------------------------------------------- the programs
 
+log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
 DOCUMENTS = ["the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
-SMALL = "--n_layer=1 --n_head=2 --log_every=1 --batch_size=4 ".split()
-TINY = [*SMALL, "--n_embd=16", "--block_size=16"]
-RUNS = {  # name: script, flags, log, how it goes on
-    "base": (gpt, [*SMALL, *"--n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 --max_steps=100"
-                   " --eval_every=7".split()], "log.csv", [gpt, "--resume"]),
-    "chat": (sft, "pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1"
-             " --learning_rate=0.01".split(), "log_chat.csv", [chat, "--prompt=hi"]),
-    "dpo": (sft, "--dpo=prefs.json --max_steps=40 --batch_size=4 --eval_every=7 --log_every=1".split(),
-            "log_dpo.csv", [sft, "--dpo", "--resume"])}
+TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
+RUNS = rows(f"""
+base | log | gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 --max_steps=100 --eval_every=7
+| gpt --resume | SIGKILL SIGTERM SIGHUP
+chat | log_chat | sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1 --learning_rate=0.01
+| chat --prompt=hi | SIGINT
+dpo | log_dpo | sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1
+| sft --dpo --resume | SIGKILL
+""")
 FULL = "X" * (96 - 6)  # X is a token; so are the three special ones, two spaces and Y: 96 in all
 PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat", "rejected": "Z"}}
 {{"prompt": "who ran?", "chosen": "the rat ran", "rejected": "Z"}}
@@ -525,22 +489,25 @@ PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat",
 """
 
 
-def outcome(main, *argv):
-    """What a script prints; for an error its one line, after checking the exit status."""
+def outcome(command):
+    """What a command prints; for an error its one line, after checking the exit status."""
+    script, *argv = shlex.split(command)
     out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+    with redirect_stdout(out), redirect_stderr(errors):
         try:
-            prepare.run(main, list(argv))
+            prepare.run(sys.modules[script].main, argv)
         except SystemExit as e:
             assert e.code == 2 and re.fullmatch("error: .*\n", errors.getvalue())
     return errors.getvalue() or out.getvalue()
 
 
-def start(script, *argv, shell=(), **how):
-    """The same as a process of its own."""
-    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE) | how
-    return subprocess.Popen([*shell, sys.executable, script.__file__, *argv], text=True,
-                            encoding="utf-8", **pipes)
+def start(command, shell=None, **env):
+    """The same as a process of its own, perhaps from a shell, where "$@" is all of it."""
+    script, *argv = shlex.split(command)
+    argv = [sys.executable, sys.modules[script].__file__, *argv]
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    return subprocess.Popen(["sh", "-c", shell, "sh", *argv] if shell else argv, encoding="utf-8",
+                            errors="surrogateescape", env=os.environ | env, **pipes)
 
 
 def end(process, typed=None):
@@ -548,15 +515,11 @@ def end(process, typed=None):
     return *process.communicate(typed), process.returncode
 
 
-def documents_in(folder):
-    tokenizer = Tokenizer.load(f"{folder}/tokenizer.json")
+def documents():
+    tokenizer = Tokenizer.load("data/tokenizer.json")
     tokenizer.bytes[END] = b"\0"
-    ids = [i for name in ("train", "val") for i in np.fromfile(f"{folder}/{name}.bin", "<u2")]
+    ids = [*np.fromfile("data/train.bin", "<u2"), *np.fromfile("data/val.bin", "<u2")]
     return tokenizer.decode(ids).split("\0")[:-1]
-
-
-def cells(path):
-    return [line.split(",") for line in Path(path).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -564,71 +527,68 @@ def made(tmp_path_factory):
     """In a new folder: a text, and a base, a chat and a DPO model from it. What was printed."""
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("made"))
-    Path("pairs.json").write_text(PAIRS.replace("chosen", "response"))
-    Path("prefs.json").write_text(PAIRS * 9)
-    Path("text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
-    said = outcome(prepare.main, "text.jsonl", "--vocab_size=300")
-    for script, flags, *_ in RUNS.values():
-        said += outcome(script.main, *flags)
-    yield said
+    write("pairs.json", PAIRS.replace("chosen", "response"))
+    write("prefs.json", PAIRS * 9)
+    write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+    yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", *(run[2] for run in RUNS)]))
     os.chdir(before)
 
 
 def test_the_road_from_text_to_answers(made):
-    for words in ("expected first loss ln", "next: python sft.py", "left out: 1 record(s) longer",
-                  "left out: 9 record(s) longer", "27 examples, 1 of them held out"):
-        assert words in made, made
-    assert documents_in("data") == DOCUMENTS
-    first = float(cells("out/log.csv")[1][1])
-    assert abs(first - math.log(gpt.load_checkpoint("out/base.npz")[2].vocab_size)) < 0.2
-    held_out = [float(row[2]) for row in cells("out/log_dpo.csv")[1:] if row[2]]
-    assert held_out[-1] < held_out[0]
-    assert outcome(sft.main, "pairs.json", "--show=1") == (
+    for says in ("next: python sft.py", "1 record(s) longer", "9 record(s) longer", "1 of them held out"):
+        assert says in made, made
+    assert documents() == DOCUMENTS
+    [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
+    assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
+    held_out = log_of("out/log_dpo.csv")[:, 2]
+    assert held_out[-1] < held_out[6]
+    assert outcome("sft pairs.json --show=1") == (
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
 
 
-@pytest.mark.parametrize("encoding, complains", [
-    ("utf-8", ""), ("latin-1", "standard input:3: not all of it is UTF-8\n")])
-def test_piped_questions_get_one_line_each(made, encoding, complains):
-    process = start(chat, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
-    typed = f"where is the cat?\n{'X' * 96}\nOù?\nwho ran?\n"
-    process.stdin.buffer.write(typed.encode(encoding))
-    answers, errors, status = end(process)
+@parametrize("where, complains", [("Où", ""), ("O\udcf9", "standard input:3: not all of it is UTF-8\n")])
+def test_piped_questions_get_one_line_each(made, where, complains):
+    typed = f"where is the cat?\n{'X' * 96}\n{where}?\nwho ran?\n"
+    answers, errors, status = end(start("chat", PYTHONIOENCODING="utf-8:strict"), typed)
     assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers) and status == 0
     assert re.fullmatch(f"error: standard input:2: the question has .*\n{complains}", errors)
 
 
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
-    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
-    said, *rest = end(start(chat, "out/base.npz", "--prompt=café 東", env=ascii_only))
+    said, *rest = end(start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii"))
     assert said.startswith("caf? ?") and rest == ["", 0]
     if os.name != "nt":
-        closed = start(chat, "--prompt=hi", shell=["sh", "-c", 'exec "$@" <&- >&-', "sh"])
-        assert end(closed) == ("", "", 0)
+        assert end(start("chat --prompt=hi", 'exec "$@" <&- >&-')) == ("", "", 0)
+
+
+TYPED = """
+ | /help for help
+who ran?↵ | the rat ran
+/probs↵ | % ' rat'
+/help↵ | /top_k
+/temperature -1↵ | must be from
+/better no rat↵ | 1 corr
+where is↵the cat?↵ | .
+/better on a mat↵ | 2 corr
+where is\x03 | (?s)^(?!.*sat)
+/reset↵ | .
+who ran?↵ | the rat ran
+"""
 
 
 @only_posix
 def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
-    a_terminal = [sys.executable, "-c", "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))"]
-    process = start(chat, shell=a_terminal, env=os.environ | {"TERM": "dumb"})
-
-    def answer(typed):
-        process.stdin.write(typed)
+    a_terminal = 'exec "$1" -c "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))" "$@"'
+    process = start("chat", a_terminal, TERM="dumb")
+    for typed, expected in rows(TYPED):
+        process.stdin.write(typed.replace("↵", "\n"))
         process.stdin.flush()
         said = ""
         while not said.endswith("\n> "):
             assert select.select([process.stdout], [], [], 20)[0], said
             said += os.read(process.stdout.fileno(), 9999).decode()
-        return said
-
-    assert "/help for help" in answer("") and "the rat ran" in answer("who ran?\n")
-    assert "% ' rat'" in answer("/probs\n") and "/top_k" in answer("/help\n")
-    assert "must be from" in answer("/temperature -1\n") and "1 corr" in answer("/better no rat\n")
-    answer("where is\nthe cat?\n")
-    assert "2 corr" in answer("/better on a mat\n") and "sat" not in answer("where is\x03")
-    answer("/reset\n")
-    assert "the rat ran" in answer("who ran?\n")
+        assert re.search(expected, said), said
     assert end(process, "\x04")[1:] == ("", 0)
     first, later = Path("out/feedback.jsonl").read_text().splitlines()
     assert first == (
@@ -638,55 +598,53 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
     assert later.startswith(first[:50]) and '"where is\\nthe cat?"}], "chosen"' in later
 
 
-def arrays_in(path):
-    return {**np.load(io.BytesIO(Path(path).read_bytes()))}
-
-
 def assert_same_run(a, b, name, log):
     """That two folders have the same bits in a finished checkpoint and the same losses in a log."""
-    one, two = (arrays_in(f"{folder}/{name}.npz") for folder in (a, b))
-    about, also = (json.loads(str(arrays.pop("about"))) for arrays in (one, two))
-    np.testing.assert_equal(one, two)
+    (state, about, *_), (same, also, *_) = (
+        gpt.load_checkpoint(f"{folder}/{name}.npz", whole=True) for folder in (a, b))
+    np.testing.assert_equal(state, same)
     assert about["step"] == also["step"] == about["config"]["max_steps"]
-    assert [row[:4] for row in cells(f"{a}/{log}")] == [row[:4] for row in cells(f"{b}/{log}")]
+    np.testing.assert_equal(*(log_of(f"{folder}/{log}.csv")[:, :4] for folder in (a, b)))
 
 
 def wait_for_more(log, process):
     """Wait until a run has logged more, or ended."""
-    size = log.stat().st_size if log.exists() else 0
-    while process.poll() is None and not (log.exists() and log.stat().st_size > size + 400):
+    def size():
+        return log.exists() and log.stat().st_size
+
+    enough = size() + 400
+    while process.poll() is None and size() < enough:
         time.sleep(0.01)
 
 
 @only_posix
-@pytest.mark.parametrize("name, signals", [
-    ("base", ["SIGKILL", "SIGTERM", "SIGHUP"]), ("chat", ["SIGINT"]), ("dpo", ["SIGKILL"])])
-def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(made, name, signals):
-    script, flags, log, go_on = RUNS[name]
-    shutil.rmtree("again", ignore_errors=True)
-    shutil.copytree(".", "again", ignore=shutil.ignore_patterns("log*"))
-    process = start(script, *flags, cwd="again")
-    for which in signals:
-        wait_for_more(Path("again/out", log), process)
-        assert "program that trains there" in outcome(gpt.main, *TINY, "--out_dir=again/out")
+@parametrize("run", RUNS)
+def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(made, run, tmp_path, monkeypatch):
+    (name, log, command, go_on, signals), unstopped = run, Path("out").resolve()
+    shutil.copytree(".", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("log*"))
+    monkeypatch.chdir(tmp_path)
+    process = start(command)
+    for which in signals.split():
+        wait_for_more(Path(f"out/{log}.csv"), process)
+        assert "program that trains there" in outcome(f"gpt {TINY}")
         process.send_signal(getattr(signal, which))
         said, errors, status = end(process)
-        step = gpt.load_checkpoint(f"again/out/{name}.npz")[1]["step"]  # whole at every moment
+        step = gpt.load_checkpoint(f"out/{name}.npz")[1]["step"]  # whole at every moment
         says = f"interrupted at step {step}, saved .*go on with.* --resume"
         assert which == "SIGKILL" or status == 130 and re.search(says, said), (said, errors)
-        process = start(*go_on, cwd="again")
+        process = start(go_on)
     assert end(process)[1:] == ("", 0) or name == "chat"
-    assert_same_run("out", "again/out", name, log)
-    kept = Path(f"again/out/{name}.prev.npz").read_bytes()  # a fresh run keeps the one before it
-    assert kept == Path(f"out/{name}.npz").read_bytes()
+    assert_same_run(unstopped, "out", name, log)
+    kept = Path(f"out/{name}.prev.npz").read_bytes()  # a fresh run keeps the one before it
+    assert kept == (unstopped / f"{name}.npz").read_bytes()
 
 
 def test_minutes_set_the_steps_once_and_without_eval_every_nothing_is_validated(made):
-    said = outcome(gpt.main, *TINY, "--out_dir=timed", "--minutes=0.04", "--eval_every=0")
+    said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
     [steps] = re.findall(r"(\d+) steps in 0.04 minutes", said)
     about = gpt.load_checkpoint("timed/base.npz")[1]
     assert int(steps) == about["config"]["max_steps"] == about["step"] > 10
-    assert {row[2] for row in cells("timed/log.csv")[1:]} == {""}
+    assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
 
 
 METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum exponential log tanh
@@ -710,189 +668,166 @@ def not_for_metal(text):
     return found
 
 
-def lowered(platform, run, monkeypatch):
-    """Run something -> all that it compiles, as XLA is given it for a platform: with the arguments
+def lowered(platform, monkeypatch, *commands):
+    """Run commands -> all that they compile, as XLA is given it for a platform: with the arguments
     of the run, where they are placed."""
-    texts, real_jit = [], jax.jit
+    texts, real_jit = {}, jax.jit
 
     def jit(f, **options):
+        compiled = real_jit(f, **options)
+
         def call(*args):
-            shapes = str(tree.map(np.shape, args))
-            if shapes not in seen:
-                seen.add(shapes)
+            key = compiled, str(tree.map(np.shape, args))
+            if key not in texts:
                 program = compiled.trace(*args).lower(lowering_platforms=(platform,))
-                texts.append(program.as_text())
+                texts[key] = program.as_text()
             return compiled(*args)
 
-        compiled, seen = real_jit(f, **options), set()
         return call
 
-    with monkeypatch.context() as patched:
-        patched.setattr(jax, "jit", jit)
-        run()
-    return texts
-
-
-def use_all():
-    """Train a step of each kind, validate, answer."""
-    for script, *argv in [(gpt, *TINY, "--grad_accum=2"), (sft, "pairs.json", "--init=out/base.npz"),
-                          (sft, "--dpo=prefs.json", "--init=out/chat.npz")]:
-        said = outcome(script.main, *argv, "--max_steps=1", "--eval_every=1", "--out_dir=lowered")
+    monkeypatch.setattr(jax, "jit", jit)
+    for command in commands:
+        said = outcome(f"{command} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
-    outcome(chat.main, "out/chat.npz", "--prompt=who ran?")
+    return texts.values()
 
 
 def test_all_that_the_programs_compile_is_what_metal_can_do(made, monkeypatch):
     monkeypatch.setattr(gpt, "QUERIES", 30)
     monkeypatch.setattr(gpt, "on_metal", lambda: True)
-    texts = lowered("METAL", use_all, monkeypatch)
+    texts = lowered("METAL", monkeypatch, f"gpt {TINY} --grad_accum=2",
+                    "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz")
     assert len(texts) > 10 and [line for text in texts for line in not_for_metal(text)] == []
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@parametrize("platform", ["cuda", "tpu"])
 def test_elsewhere_they_lower_too_and_what_metal_cannot_do_would_be_found(made, platform, monkeypatch):
-    train = functools.partial(outcome, gpt.main, *TINY, "--max_steps=1", "--dtype=bfloat16", "--out_dir=l")
-    unsafe = "".join("".join(not_for_metal(text)) for text in lowered(platform, train, monkeypatch))
+    texts = lowered(platform, monkeypatch, f"gpt {TINY} --dtype=bfloat16")
+    unsafe = "".join(line for text in texts for line in not_for_metal(text))
     assert all(word in unsafe for word in ("stablehlo.gather", "stablehlo.scatter", "bf16"))
     assert not_for_metal("%0 = chlo.square %x") and not_for_metal(
         "%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
 
 
-def fail(gradient):
-    raise RuntimeError("no such kernel\x1b")
-
-
-@pytest.mark.parametrize("wrong, problem", [
-    (np.positive, ""), (np.negative, "its gradients"),
-    (lambda gradient: np.append(-gradient[:1 << 16], gradient[1 << 16:]), "its gradients"),  # of attn
-    (functools.partial(np.multiply, np.nan), "its gradients"), (fail, "no such kernel")])
-def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(wrong, problem, monkeypatch, capsys):
+@parametrize("part, factor, problem", [
+    (None, 1, ""), (None, -1, "its gradients"), (1 << 16, -1, "its gradients"),  # of attn alone
+    (None, np.nan, "its gradients"), (None, "no number", "Error")])
+def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
+        part, factor, problem, monkeypatch, capsys):
     (cpu, gpu, *_), right = jax.devices("cpu"), gpt.small_gradient
+
+    def small_gradient(where):
+        gradient = right(where)
+        gradient[:part] *= factor if where == gpu else 1
+        return gradient
     monkeypatch.setattr(gpt, "on_metal", lambda: gpt.device() == gpu)
-    monkeypatch.setattr(gpt, "small_gradient", lambda where: (wrong if where == gpu else np.positive)(right(where)))
+    monkeypatch.setattr(gpt, "small_gradient", small_gradient)
     jax.config.update("jax_default_device", gpu)
     gpt.check_device()
     assert gpt.device() == (cpu if problem else gpu)
-    assert re.fullmatch(f".* all runs on the CPU: .*{problem}.*\n" if problem else "", capsys.readouterr().err)
     jax.config.update("jax_default_device", None)
+    says = f".* all runs on the CPU: .*{problem}.*\n" if problem else ""
+    assert re.fullmatch(says, capsys.readouterr().err)
 
 
 def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(made):
     path, whole = Path("damaged.npz"), Path("out/base.npz").read_bytes()
     state = gpt.load_checkpoint("out/base.npz")[0]
-    arrays = arrays_in("out/base.npz")
-    gain = arrays["params.norm"]
+    with np.load("out/base.npz") as file:
+        arrays, gain = {**file}, file["params.norm"]
     for wrong in (gain * np.float32(np.nan), gain[1:], gain.astype(np.float64)):
         np.savez(path, **arrays | {"params.norm": wrong})
-        with pytest.raises(InputError, match="params.norm"):
-            gpt.load_checkpoint(path)
+        assert "checkpoint (params.norm" in outcome("chat damaged.npz")
     for place in np.random.default_rng(0).integers(len(whole), size=60):
         rest = bytes([whole[place] ^ 1]) + whole[place + 1:] if place % 2 else b""
         path.write_bytes(whole[:place] + rest)
-        with contextlib.suppress(InputError):
-            tree.map(np.testing.assert_array_equal, gpt.load_checkpoint(path)[0], state)
-    wild = "--out_dir=wild --learning_rate=1e9 --weight_decay=1e9 --warmup=0 --eval_every=1".split()
-    assert "smaller --learning_rate" in outcome(gpt.main, *TINY, *wild)
+        with suppress(InputError):
+            np.testing.assert_equal(gpt.load_checkpoint(path)[0], state)
+    wild = "--out_dir=wild --learning_rate=1e9 --weight_decay=1e9 --warmup=0 --eval_every=1"
+    assert "smaller --learning_rate" in outcome(f"gpt {TINY} {wild}")
     gpt.load_checkpoint("wild/base.npz")
 
 
 REFUSED = """
-prepare missing -> missing: No such file
-prepare empty -> empty: empty
-prepare binary -> binary: not text
-prepare utf16 -> utf16: not text .* UTF-16
-prepare latin -> latin: not UTF-8; .* iconv
-prepare cut.gz -> cut.gz:1: damaged
-prepare pairs.json -> pairs.json: no text in it; questions and answers are for sft.py
-prepare short -> too little text
-prepare text.jsonl --vocab_size=3 -> --vocab_size 3: must be at least 259
-gpt --n_layr 6 -> did you mean --n_layer\\?
-gpt --n_embd=30 -> multiple of 2 x n_head
-gpt --learning_rate=nan -> --learning_rate nan: must be
-gpt --block_size=5000 -> 5001 needed
-gpt --data_dir=odd -> odd.train.bin: damaged
-gpt --data_dir=foreign -> not a tokenizer
-gpt --init=text.jsonl -> text.jsonl: no whole checkpoint
-gpt --init=out/base.npz --n_layer=2 -> was begun with 1
-gpt --init=out/base.npz --data_dir=other -> another vocabulary
-gpt --resume --seed=7 -> was begun with 0
-gpt --resume --out_dir=nowhere -> no whole checkpoint
-sft missing.json -> missing.json: No such file
-sft empty -> empty: empty
-sft short -> no question with an answer
-sft cut.json -> cut.json: no question .* not JSON
-sft other.jsonl --resume -> was begun with
-sft --dpo --resume --seed=7 -> was begun with 0
-sft --dpo --init=out/dpo.npz -> would be overwritten
-sft text.jsonl --dpo -> text.jsonl: no question with an answer
-chat none.npz -> none.npz: no whole checkpoint
-chat cut.npz -> cut.npz: no whole checkpoint
-chat --top_p=2 -> --top_p 2.0: must be from 0 to 1
-""".strip().split("\n")
+prepare missing; sft missing.json | missing.*: No such file
+prepare empty; sft empty | empty: empty
+prepare binary; prepare utf16 | not text .*UTF-16
+prepare latin | latin: not UTF-8; .* iconv
+prepare cut | cut:1: damaged
+prepare pairs.json | pairs.json: no text in it; questions and answers are for sft.py
+prepare short | too little text
+prepare text.jsonl --vocab_size=3 | --vocab_size 3: must be at least 259
+gpt --n_layr 6 | did you mean --n_layer\\?
+gpt --n_embd=30 | multiple of 2 x n_head
+gpt --learning_rate=nan | --learning_rate nan: must be
+gpt --block_size=5000 | 5001 needed
+gpt --data_dir=odd | odd.train.bin: damaged
+gpt --data_dir=foreign | not a tokenizer
+gpt --init=out/base.npz --data_dir=odd | another vocabulary
+gpt --init=out/base.npz --n_layer=2 | was begun with 1
+gpt --resume --seed=7; sft --dpo --resume --seed=7 | was begun with 0
+sft other.jsonl --resume | was begun with .*pairs.json
+gpt --init=text.jsonl; gpt --resume --out_dir=nowhere; chat none.npz; chat cut.npz | no whole checkpoint
+sft cut.json | cut.json: no question .* not JSON
+sft short; sft text.jsonl --dpo | no question with an answer
+sft --dpo --init=out/dpo.npz | would be overwritten
+chat --top_p=2 | --top_p 2.0: must be from 0 to 1
+"""
 BAD_FILES = {
-    "other.jsonl": b'{"prompt": "a", "response": "b"}',
-    "empty": b"", "binary": b"a\0b", "utf16": "hi".encode("utf-16"), "short": b"a",
-    "latin": "déjà vu, ça été\n".encode("latin-1") * 9, "cut.npz": b"PK\3\4" + bytes(99),
-    "cut.json": b'[{"prompt": "a"', "odd/train.bin": b"abc" * 99, "foreign/tokenizer.json": b"{}"}
+    "other.jsonl": '{"prompt": "a", "response": "b"}', "empty": "", "binary": "a\0b",
+    "utf16": "\udcff\udcfeh\0i\0", "short": "a", "latin": LATIN, "cut.npz": "PK\3\4\0\0\0\0",
+    "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"', "odd/train.bin": "abc" * 99,
+    "odd/tokenizer.json": TOKENIZER.to_json(), "foreign/tokenizer.json": "{}"}
 
 
 def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
-    outcome(prepare.main, "text.jsonl", "--vocab_size=270", "--out_dir=other")
-    for folder in ("odd", "foreign"):
-        shutil.copytree("data", folder)
-    for name, content in BAD_FILES.items():
-        write(name, content)
-    Path("cut.gz").write_bytes(gzip.compress(b"text" * 99)[:20])
-
     def files():
         return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
+    for name, text in BAD_FILES.items():
+        write(name, text)
     before = files()
-    for command, message in (line.split(" -> ") for line in REFUSED):
-        script, *argv = command.split()
-        said = outcome(sys.modules[script].main, *argv)
-        assert re.match(f"error: .*{message}", said), (command, said)
-    full_disk = ["sh", "-c", 'ulimit -f 16; exec "$@"', "sh"]  # no file beyond 16 blocks
-    for flag, shell, message in [("--coordinator=here", [], "here: HOST:PORT.*"),
+    for commands, message in rows(REFUSED):
+        for command in commands.split("; "):
+            said = outcome(command)
+            assert re.match(f"error: .*{message}", said), (command, said)
+    full_disk = 'ulimit -f 16; exec "$@"'  # no file beyond 16 blocks
+    for flag, shell, message in [("--coordinator=here", None, "here: HOST:PORT.*"),
                                  ("--seed=1", full_disk, "File too large")][:2 - (os.name == "nt")]:
-        _, errors, status = end(start(gpt, *TINY, flag, shell=shell))
+        _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
         assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
     assert files() == before
 
 
 def test_two_processes_train_as_one_and_fall_together(made):
     """With split parameters; when one is killed the other ends, and both go on to the same bits."""
-    flags = [*TINY, *"--max_steps=40 --eval_every=5 --learning_rate=4e-4 --dtype=float32".split()]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    train = f"gpt {TINY} --max_steps=40 --eval_every=5 --learning_rate=4e-4 --dtype=float32"
 
-    def start_both(*more):
+    def start_both(flags):
         with socket.create_server(("127.0.0.1", 0)) as free:
-            address = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
-        more = *flags, *more, address, "--num_processes=2", "--shard_params"
-        return [start(gpt, *more, f"--process_id={i}", env=env) for i in (0, 1)]
+            port = free.getsockname()[1]
+        both = f"{train} {flags} --coordinator=127.0.0.1:{port} --num_processes=2 --shard_params"
+        one_device = "--xla_force_host_platform_device_count=1"
+        return [start(f"{both} --process_id={i}", XLA_FLAGS=one_device) for i in (0, 1)]
 
-    outcome(gpt.main, *flags, "--out_dir=one")
+    outcome(f"{train} --out_dir=one")
     first, second = start_both("--out_dir=halves")
     wait_for_more(Path("halves/log.csv"), first)
     second.kill()
     if jax.__version_info__ <= (0, 5, 0):  # these do not notice, and can hang
         first.kill()
     assert end(first)[2] and end(second)[2]
-    for more in (["--out_dir=two"], ["--out_dir=halves", "--resume"]):
-        assert [end(process)[2] for process in start_both(*more)] == [0, 0]
-    assert_same_run("two", "halves", "base", "log.csv")
-    for one, two in zip(cells("one/log.csv")[1:], cells("two/log.csv")[1:]):
-        assert float(one[1]) == pytest.approx(float(two[1]), abs=1e-4)
+    for flags in ("--out_dir=two", "--out_dir=halves --resume"):
+        assert [end(process)[2] for process in start_both(flags)] == [0, 0]
+    assert_same_run("two", "halves", "base", "log")
+    assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
 
 
 def test_the_built_in_questions_never_tell_what_is_tested():
     documents, train, test = built_in_corpus(0)
     assert built_in_corpus(0)[1] == train != built_in_corpus(1)[1]
-    told = {message["content"] for record in train for message in record.get("messages", ())}
-    told |= {record.get("response") for record in train}
-    seen = {record.get("instruction") for record in train}
+    told = {message["content"] for record in train for message in record["messages"]}
     assert {record["set"][0] for record in test} == {*"ABU"}
     for record in test:
-        question, answer = record.get("instruction"), record["response"].strip()
-        assert not record["set"].startswith("B") or answer not in told
-        assert "new wording" not in record["set"] or question not in seen
+        assert not record["set"].startswith("B") or record["response"] not in told
+        assert "new wording" not in record["set"] or record["instruction"] not in told
