@@ -18,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
@@ -167,8 +166,8 @@ def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, mo
 
 def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_key():
     cfg, ones = replace(CFG, dropout=0.25), np.ones((99, 99), np.float32)
-    wheres = ([0, 1], 5), ([0, 1], 5), ([0, 1], 6), ([0, 2], 5)
-    drops = (gpt.drop(ones, cfg, np.uint32(key), place) for key, place in wheres)
+    cases = ([0, 1], 5), ([0, 1], 5), ([0, 1], 6), ([0, 2], 5)
+    drops = (gpt.drop(ones, cfg, np.uint32(key), place) for key, place in cases)
     a, again, elsewhere, other = map(np.asarray, drops)
     assert (a == again).all() and (a != elsewhere).any() and (a != other).any()
     assert np.unique(a) == approx([0, 4 / 3]) and abs(a.mean() - 1) < 0.02
@@ -236,7 +235,6 @@ def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
     def drawn(temperature=1, history=(), **how):
         logits, rng = np.log([0.5, 0.3, 0.15, 0.05]), np.random.default_rng(0)
         return Counter(gpt.sample(logits, history, rng, temperature, **how) for _ in range(2000))
-
     assert [*drawn(0)] == [*drawn(top_p=0)] == [0] and [*drawn(0, [0], repetition_penalty=2.0)] == [1]
     assert {*drawn(top_k=2)} == {*drawn(top_p=0.79)} == {0, 1} and {*drawn(top_p=0.81)} == {0, 1, 2}
     assert abs(drawn()[1] - 600) < 60 and abs(drawn(2)[1] - 587) < 60
@@ -370,19 +368,13 @@ SHOWN = """
 | ¿ A¡ B■¿ C¡[ B■] ¿ A¡ B■¿ C¡[ D■]
 """  # ¿ stands for <|user|>, ¡ for <|assistant|>, ■ for <|end|>, ↵ for a new line
 LEFT_OUT = """
-{"instruction": "area", "input": "4 cm x 5 cm", "output": ""}
-{"instruction": ["list"], "output": 4}
-{"instruction": "cut", "outp
-[1, {"foo": null}]
-{"messages": "hi"}
-{"messages": [{USER: "no answer"}]}
-{"messages": [{BOT: "opens"}, {USER: "Q"}, {BOT: "A"}]}
+{"instruction": "area", "input": "4 cm x 5 cm", "output": ""} | {"instruction": ["list"], "output": 4}
+{"instruction": "cut", "outp | [1, {"foo": null}] | {"messages": "hi"} | {"messages": [{USER: "no answer"}]}
+{"messages": [{BOT: "opens"}, {USER: "Q"}, {BOT: "A"}]} | {"messages": [{USER: [{"type": "image_url"}]}, {BOT: "A"}]}
 {"messages": [{USER: "Q"}, {BOT: "A"}, {BOT: "twice"}]}
 {"messages": [{USER: "Q"}, {BOT: "all of weight", "weight": 0}]}
 {"messages": [{USER: "Q"}, {BOT: null, "tool_calls": [{"id": 1}]}, {"role": "tool", "content": "4"}]}
-{"messages": [{USER: [{"type": "image_url"}]}, {BOT: "A"}]}
-{"prompt": "same", "chosen": "Yes", "rejected": "Yes"}
-{"prompt": "none rejected", "chosen": "Yes"}
+{"prompt": "same", "chosen": "Yes", "rejected": "Yes"} | {"prompt": "none rejected", "chosen": "Yes"}
 """
 
 
@@ -403,7 +395,7 @@ def test_a_record_of_any_public_shape_is_read(made, record, expected):
     assert as_list.endswith(f"{expected} {expected}\n")
 
 
-@parametrize("record", LEFT_OUT.strip().split("\n"))
+@parametrize("record", sum(rows(LEFT_OUT), []))
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
     said = shown("records.jsonl", f"{good}\n{record}\n{good}", record)
@@ -428,7 +420,7 @@ spaces | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | a\xa0b\u3000c\u06cc\u200c\
 broken.txt | caf\xe9 na\xefve\n\udce9t\xe9 | caf\xe9 na\xefve\n\ufffdt\xe9 | not UTF-8 (the first: broken.txt:2)
 markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next
 """
-LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # as Latin-1 has it
+LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça été" as Latin-1 has it
 
 
 @parametrize("row", rows(TEXT_FILES))
@@ -535,13 +527,14 @@ def made(tmp_path_factory):
 
 
 def test_the_road_from_text_to_answers(made):
-    for says in ("next: python sft.py", "1 record(s) longer", "9 record(s) longer", "1 of them held out"):
+    for says in ("next: python sft.py", "27 examples, 1 of them held out", ": 1 record(s) longer",
+                 ": 9 record(s) longer"):
         assert says in made, made
     assert documents() == DOCUMENTS
     [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
     assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
     held_out = log_of("out/log_dpo.csv")[:, 2]
-    assert held_out[-1] < held_out[6]
+    assert held_out[-1] < held_out[6]  # after step 7
     assert outcome("sft pairs.json --show=1") == (
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
@@ -591,10 +584,8 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
         assert re.search(expected, said), said
     assert end(process, "\x04")[1:] == ("", 0)
     first, later = Path("out/feedback.jsonl").read_text().splitlines()
-    assert first == (
-        '{"prompt": [{"role": "user", "content": "who ran?"}], '
-        '"chosen": [{"role": "assistant", "content": "no rat"}], '
-        '"rejected": [{"role": "assistant", "content": "the rat ran"}]}')
+    assert first == ('{"prompt": [{"role": "user", "content": "who ran?"}], "chosen": [{"role": "assistant", '
+                     '"content": "no rat"}], "rejected": [{"role": "assistant", "content": "the rat ran"}]}')
     assert later.startswith(first[:50]) and '"where is\\nthe cat?"}], "chosen"' in later
 
 
@@ -607,16 +598,6 @@ def assert_same_run(a, b, name, log):
     np.testing.assert_equal(*(log_of(f"{folder}/{log}.csv")[:, :4] for folder in (a, b)))
 
 
-def wait_for_more(log, process):
-    """Wait until a run has logged more, or ended."""
-    def size():
-        return log.exists() and log.stat().st_size
-
-    enough = size() + 400
-    while process.poll() is None and size() < enough:
-        time.sleep(0.01)
-
-
 @only_posix
 @parametrize("run", RUNS)
 def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(made, run, tmp_path, monkeypatch):
@@ -625,7 +606,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(made, 
     monkeypatch.chdir(tmp_path)
     process = start(command)
     for which in signals.split():
-        wait_for_more(Path(f"out/{log}.csv"), process)
+        assert any(line.startswith("step") for line in process.stdout)  # it has saved
         assert "program that trains there" in outcome(f"gpt {TINY}")
         process.send_signal(getattr(signal, which))
         said, errors, status = end(process)
@@ -682,9 +663,7 @@ def lowered(platform, monkeypatch, *commands):
                 program = compiled.trace(*args).lower(lowering_platforms=(platform,))
                 texts[key] = program.as_text()
             return compiled(*args)
-
         return call
-
     monkeypatch.setattr(jax, "jit", jit)
     for command in commands:
         said = outcome(f"{command} --max_steps=1 --eval_every=1 --out_dir=lowered")
@@ -751,7 +730,7 @@ def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_no
 REFUSED = """
 prepare missing; sft missing.json | missing.*: No such file
 prepare empty; sft empty | empty: empty
-prepare binary; prepare utf16 | not text .*UTF-16
+prepare binary; prepare utf16 | (binary|utf16): not text .*UTF-16
 prepare latin | latin: not UTF-8; .* iconv
 prepare cut | cut:1: damaged
 prepare pairs.json | pairs.json: no text in it; questions and answers are for sft.py
@@ -767,9 +746,9 @@ gpt --init=out/base.npz --data_dir=odd | another vocabulary
 gpt --init=out/base.npz --n_layer=2 | was begun with 1
 gpt --resume --seed=7; sft --dpo --resume --seed=7 | was begun with 0
 sft other.jsonl --resume | was begun with .*pairs.json
-gpt --init=text.jsonl; gpt --resume --out_dir=nowhere; chat none.npz; chat cut.npz | no whole checkpoint
+gpt --init=text.jsonl; gpt --resume --out_dir=nowhere; chat none.npz; chat cut.npz | (jsonl|npz): no whole checkpoint
 sft cut.json | cut.json: no question .* not JSON
-sft short; sft text.jsonl --dpo | no question with an answer
+sft short; sft text.jsonl --dpo | (short|text.jsonl): no question with an answer
 sft --dpo --init=out/dpo.npz | would be overwritten
 chat --top_p=2 | --top_p 2.0: must be from 0 to 1
 """
@@ -783,7 +762,6 @@ BAD_FILES = {
 def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
     def files():
         return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
     for name, text in BAD_FILES.items():
         write(name, text)
     before = files()
@@ -809,10 +787,9 @@ def test_two_processes_train_as_one_and_fall_together(made):
         both = f"{train} {flags} --coordinator=127.0.0.1:{port} --num_processes=2 --shard_params"
         one_device = "--xla_force_host_platform_device_count=1"
         return [start(f"{both} --process_id={i}", XLA_FLAGS=one_device) for i in (0, 1)]
-
     outcome(f"{train} --out_dir=one")
     first, second = start_both("--out_dir=halves")
-    wait_for_more(Path("halves/log.csv"), first)
+    assert any(line.startswith("step") for line in first.stdout)  # it has saved
     second.kill()
     if jax.__version_info__ <= (0, 5, 0):  # these do not notice, and can hang
         first.kill()
