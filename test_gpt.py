@@ -36,12 +36,11 @@ import sft
 from data.world import built_in_corpus
 from jax import tree
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
-from pytest import approx
 
 pytestmark = pytest.mark.filterwarnings("error")  # deprecations too
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)  # its gain alone meets more dimensions
-parametrize = pytest.mark.parametrize
+parametrize, approx = pytest.mark.parametrize, pytest.approx
 only_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and terminals")
 
 
@@ -183,7 +182,7 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping():
         state = gpt.adam(state, grads, t + 1, 0.01, CFG)
         length = np.sqrt(sum((g**2).sum() for g in grads.values()))
         past.append(tree.map(lambda g: g / max(1, length), grads))
-        age = np.arange(t, -1, -1)
+        age = np.arange(t, -1, -1)  # of past[0], past[1], ...
         for name, p in params.items():
             gs = [grads[name] for grads in past]
             mean, square = np.average(gs, 0, 0.9**age), np.average(np.square(gs), 0, 0.99**age)
@@ -591,11 +590,11 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
 
 def assert_same_run(a, b, name, log):
     """That two folders have the same bits in a finished checkpoint and the same losses in a log."""
-    (state, about, *_), (same, also, *_) = (
-        gpt.load_checkpoint(f"{folder}/{name}.npz", whole=True) for folder in (a, b))
+    state, about, *_ = gpt.load_checkpoint(f"{a}/{name}.npz", whole=True)
+    same, also, *_ = gpt.load_checkpoint(f"{b}/{name}.npz", whole=True)
     np.testing.assert_equal(state, same)
     assert about["step"] == also["step"] == about["config"]["max_steps"]
-    np.testing.assert_equal(*(log_of(f"{folder}/{log}.csv")[:, :4] for folder in (a, b)))
+    np.testing.assert_equal(log_of(f"{a}/{log}.csv")[:, :4], log_of(f"{b}/{log}.csv")[:, :4])
 
 
 @only_posix
@@ -688,11 +687,10 @@ def test_elsewhere_they_lower_too_and_what_metal_cannot_do_would_be_found(made, 
         "%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
 
 
-@parametrize("part, factor, problem", [
-    (None, 1, ""), (None, -1, "its gradients"), (1 << 16, -1, "its gradients"),  # of attn alone
+@parametrize("part, factor, problem", [  # the first 1 << 16 are those of attn
+    (None, 1, ""), (None, -1, "its gradients"), (1 << 16, -1, "its gradients"),
     (None, np.nan, "its gradients"), (None, "no number", "Error")])
-def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
-        part, factor, problem, monkeypatch, capsys):
+def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(part, factor, problem, monkeypatch, capsys):
     (cpu, gpu, *_), right = jax.devices("cpu"), gpt.small_gradient
 
     def small_gradient(where):
@@ -769,9 +767,10 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
         for command in commands.split("; "):
             said = outcome(command)
             assert re.match(f"error: .*{message}", said), (command, said)
-    full_disk = 'ulimit -f 16; exec "$@"'  # no file beyond 16 blocks
-    for flag, shell, message in [("--coordinator=here", None, "here: HOST:PORT.*"),
-                                 ("--seed=1", full_disk, "File too large")][:2 - (os.name == "nt")]:
+    faults = [("--coordinator=here", None, "here: HOST:PORT.*")]
+    if os.name != "nt":  # no file beyond 16 blocks
+        faults.append(("--seed=1", 'ulimit -f 16; exec "$@"', "File too large"))
+    for flag, shell, message in faults:
         _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
         assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
     assert files() == before
