@@ -35,12 +35,12 @@ class Config:
     seed: int = setting(0, "of the sampling: the same again gives the same text", high=2**32 - 1)
 
 
-def prompt_ids(messages, tokenizer, block_size, room=24):
+def prompt_ids(messages, tokenizer, block_size):
     """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole,
-    until `room` tokens for the answer are left in the context."""
+    until 24 tokens are left in the context, enough for a short answer."""
     ids, _ = sft.render(messages, tokenizer)
-    if len(ids) + room > block_size and len(messages) > 1:
-        return prompt_ids(messages[2:], tokenizer, block_size, room)
+    if len(ids) + 24 > block_size and len(messages) > 1:
+        return prompt_ids(messages[2:], tokenizer, block_size)
     if len(ids) > block_size:
         raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}")
     return ids
@@ -61,7 +61,7 @@ def load(path):
         steps = generate(state["params"], [ids], cfg.max_new_tokens, rng, **how)
         for [id], [logits] in steps:
             p = np.exp(logits - logits.max())
-            seen.append(f"{100 * p[id] / p.sum():6.1f} % {printable(tokenizer.decode([id]))!r}")
+            seen.append(f"{100 * p[id] / p.sum():6.1f} % {tokenizer.decode([id])!r}")
             yield id
 
     def reply(messages, cfg, seen):
@@ -70,7 +70,7 @@ def load(path):
         else:
             ids, text = [END, *tokenizer.encode(messages[-1][1])], messages[-1][1]
         pieces = tokenizer.stream(new_ids(ids, cfg, seen))
-        yield text or next(pieces).removeprefix(" ")
+        yield text or next(pieces).removeprefix(" ")  # render() puts a space before an answer
         yield from pieces
 
     return reply
@@ -83,11 +83,12 @@ def correct(messages, better, path):
         raise InputError("/better TEXT says what the last answer should have been")
     *prompt, last = [{"role": role, "content": text} for role, text, _ in messages]
     line = {"prompt": prompt, "chosen": [last | {"content": better}], "rejected": [last]}
-    old = path.read_bytes() if path.exists() else b""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines.append(json.dumps(line).encode())
     with whole_file(path) as file:
-        file.write(old + json.dumps(line).encode() + b"\n")
-    print(f"{path}: {old.count(10) + 1} correction(s); to learn from them:"
-          " python sft.py --dpo, then python chat.py out/dpo.npz")
+        file.writelines(line + b"\n" for line in lines)
+    print(f"{path}: {len(lines)} correction(s); to learn from them: python sft.py --dpo,"
+          " then python chat.py out/dpo.npz")
 
 
 def typed():
@@ -104,7 +105,8 @@ def typed():
             print()
         except EOFError:
             return print()
-        yield from map(str.strip, re.findall(r"^/.*|(?:^[^/].*\n?)+", text, re.M))
+        # Commands, and what stands between them.
+        yield from filter(None, map(str.strip, re.findall(r"^/.*|(?:^[^/].*\n?)+", text, re.M)))
 
 
 def converse(reply, cfg, path):
@@ -122,9 +124,9 @@ def converse(reply, cfg, path):
             elif command == "/probs":
                 print("\n".join(seen))
             elif command == "/better":
-                correct(messages, value.strip(), path.with_name("feedback.jsonl"))
+                correct(messages, value, path.with_name("feedback.jsonl"))
             elif line.startswith("/"):
-                new, given = read_flags(Config, [f"--{command[1:]}", value.strip()], __doc__)
+                new, given = read_flags(Config, [f"--{command[1:]}", value], __doc__)
                 cfg = replace(cfg, **{name: getattr(new, name) for name in given})
             else:
                 asked, seen, said = [*messages, ("user", line, False)], [], ""

@@ -53,7 +53,7 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(3000, "optimiser steps", low=1)
+    max_steps: int = setting(4000, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(4e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
@@ -77,7 +77,7 @@ class Config:
 
 MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
 MAY_CHANGE = {"max_steps", "eval_every", "log_every", "data_dir", "eval", "shard_params",
-              "coordinator", "num_processes", "process_id"}  # on --resume
+              "coordinator", "num_processes", "process_id"}  # on --resume; eval is of sft.py
 SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
 
 
@@ -114,7 +114,7 @@ def init_params(cfg, rng=None):
         return np.zeros(shape, np.float32)
 
     def block():
-        return {
+        return {  # the keys are the names of what attention() and feed_forward() take
             "norm1": zeros(C) + 1,
             "attn": {"wqkv": normal(C, 3 * C), "wo": zeros(C, C)},
             "norm2": zeros(C) + 1,
@@ -122,7 +122,7 @@ def init_params(cfg, rng=None):
         }
 
     blocks = [block() for _ in range(cfg.n_layer)]
-    wte = normal(cfg.vocab_size, C, scale=0.02)  # also the head: small, for a first loss near ln V
+    wte = normal(cfg.vocab_size, C, scale=0.02)  # also the output layer: a first loss near ln V
     return {"wte": wte, "blocks": blocks, "norm": zeros(C) + 1}
 
 
@@ -149,7 +149,7 @@ def norm(x, gain):
 
 def rotate(x, position, cfg):
     """Rotary positions (arXiv 2104.09864): x (B, H, T, D), position (B or 1, T) -> like x.
-    Number i and number i + D/2 make a pair, which is turned by the angle position / 10000^(2i/D):
+    Number i and number i + D/2 make a pair, which is turned by position / 10000^(2i/D) radians:
     the first pair by 1 for each position, the last by hardly anything."""
     half = x.shape[-1] // 2
     angle = np.arange(cfg.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
@@ -181,10 +181,10 @@ QUERIES = 128
 
 def causal_heads(q, k, v):
     """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D).
-    128 queries at a time, with the keys up to the last of them: half the work of the whole square.
-    jax.checkpoint has jax.grad compute the weights again instead of keeping T x T of them."""
+    128 queries at a time, with the keys up to the last of them: half the work where T is large.
+    With jax.checkpoint jax.grad computes the attention weights again instead of keeping them."""
     T = q.shape[1]
-    some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())  # Metal has no such barrier
+    some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())  # Metal has no barrier for it
     parts = []
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
@@ -237,7 +237,7 @@ def forward(params, tokens, cfg, key=None, position=None, cache=None):
 
 
 def logits_of(params, x, cfg):
-    """(..., C) -> (..., V), the logarithms of the next token's odds: the head is the embedding."""
+    """(..., C) -> (..., V), scores of the next token: the output layer is the embedding again."""
     return matmul(norm(x, params["norm"]), params["wte"], cfg, axis=1)
 
 
@@ -249,7 +249,7 @@ def token_losses(params, x, y, cfg, key=None):
 
 
 def loss(params, batch, key, cfg):
-    """x, y (B, T) int32, w (B, T) float32 -> the sum of w times the tokens' losses, that of w. No
+    """x, y (B, T) int32, w (B, T) float32 -> (sum of w times the tokens' losses, sum of w). No
     mean: micro-batches and devices with unequal weights then add up to the right gradient."""
     x, y, w = batch
     return (token_losses(params, x, y, cfg, key) * w).sum(), w.sum()
@@ -329,7 +329,7 @@ def placements(rows, devices=None):
 
 
 def homes(state, cfg):
-    """Where each array of the state lives between steps: whole on every device, or with
+    """A tree like the state: where each array lives between steps, whole on every device or with
     --shard_params split along the first axis that they divide (ZeRO, arXiv 1910.02054)."""
     whole, _ = placements(cfg.batch_size)
 
@@ -392,7 +392,7 @@ def load_tokens(path, tokenizer, at_least):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins where a document does, if one is near."""
+    that a resumed run sees the same. A row begins with a document, if one begins within T."""
     batch = np.empty((n, T + 1), np.int32)
     starts = np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)
     for row, start in enumerate(starts):
@@ -450,8 +450,8 @@ def make_generator(cfg):
 
     @jax.jit
     def after(params, tokens, at, cache):
-        """Padded tokens (B, T), or with a cache the newest alone (B, 1) -> logits (B, V) of what
-        follows position at (B,), and the cache."""
+        """Padded tokens (B, T) from position 0, or with a cache the newest alone (B, 1) -> logits
+        (B, V) of what follows position at (B,), and the cache."""
         last = at if cache is None else 0 * at
         x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
         x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]
@@ -555,13 +555,13 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
     def save(keep=False):
         about.update(config=asdict(cfg), step=done, seconds=time.time() - began)
-        whole = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
+        arrays = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
         if chief:
-            save_checkpoint(path, whole, about, keep)
-        return whole
+            save_checkpoint(path, arrays, about, keep)
+        return arrays
 
     with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as stop:
-        whole = save(keep=not cfg.resume)  # a full disk fails now, with nothing touched
+        saved = save(keep=not cfg.resume)  # a full disk fails now, with nothing touched
         if chief:
             begin_log(log_path, rows, keep=not cfg.resume)
         while done < cfg.max_steps and not stopped:
@@ -585,7 +585,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                 with open(log_path if chief else os.devnull, "a") as log:
                     print(*rows[-1], sep=",", file=log)
                 if last or due:
-                    whole = save()  # it refuses what is not finite
+                    saved = save()  # it refuses what is not finite
                 shown = f"validation {nats:.3f}  " if nats else ""
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
                               f" tokens/s  {clock((cfg.max_steps - done) * pace)} left",
@@ -595,7 +595,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
               f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
         sys.exit(130)
     draw([row[1] for row in rows])
-    return whole
+    return saved
 
 
 # ---------------------------------------------------------------- main
@@ -647,6 +647,7 @@ def check_device():
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
+    join(cfg)
     path = Path(cfg.out_dir, "base.npz")
     start = path if cfg.resume else cfg.init
     if start:
@@ -655,8 +656,9 @@ def main(argv):
     data_dir = Path(cfg.data_dir)
     if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):
         print(f"no {data_dir}/train.bin yet: running prepare.py")
-        prepare.main([])
-    join(cfg)
+        if jax.process_index() == 0:
+            prepare.main([])
+        process_allgather(np.zeros(1))  # the others wait
     check_device()
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
     if start and about["tokenizer"] != tokenizer.to_json():

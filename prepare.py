@@ -571,7 +571,7 @@ COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_s
 def begin_log(path, rows, keep):
     """Write log.csv with the rows so far. keep: that of the run before is kept."""
     with whole_file(path, keep) as file:
-        np.savetxt(file, rows, "%s", ",", header=COLUMNS, comments="")
+        np.savetxt(file, np.array(rows, object), "%s", ",", header=COLUMNS, comments="")
 
 
 def draw(values, width=72):

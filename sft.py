@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from data.world import DONT_KNOW
-from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer, count, list_of, printable
+from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, printable
 from prepare import read_flags, read_lines, report, run, setting, show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
 
 ASKS, ANSWERS = {"system", "developer", "user", "human"}, {"assistant", "gpt"}  # roles
-QUESTION = ("system", "prompt", "instruction", "input", "context")  # fields: all there are make it
-ANSWER = [("messages", "conversations", "response", "output", "completion")]
-PREFERENCE = [("chosen",), ("rejected",)]
+QUESTION = ("system", "prompt", "instruction", "input", "context")  # fields, put together
+ANSWER = [("messages", "conversations", "response", "output", "completion")]  # for one answer
+PREFERENCE = [("chosen",), ("rejected",)]  # for two
 
 
 def read_json(path):
@@ -55,8 +55,8 @@ def turns_of(record, answers):
     for role, names in ("user", QUESTION), ("assistant", answers):
         for part in (record[name] for name in names if name in record):
             part = part if isinstance(part, list) else [{"role": role, "content": part}]
-            again = part[:len(turns)] == turns  # a conversation may begin with its prompt
-            turns = part if again else turns + part
+            # A conversation may begin with its prompt.
+            turns = part if part[:len(turns)] == turns else turns + part
     return turns
 
 
@@ -65,7 +65,8 @@ def messages_of(turns, source):
     before an answer is one question; an answer of "weight" 0 is not trained."""
     messages, asked = [], []
     for turn in turns:
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        role = turn.get("role", turn.get("from"))
+        text = turn.get("content", turn.get("value"))
         if isinstance(text, list):
             text = "".join(part["text"] for part in text)
         if role in ASKS:
@@ -153,7 +154,8 @@ def show(row, tokenizer):
     """A row as text; what is trained is in brackets."""
     spelled = [name.encode() for name in SPECIAL] + tokenizer.bytes[len(SPECIAL):]
     x, y, w = row
-    n, text = np.flatnonzero(w)[-1] + 1, ""
+    text = ""
+    n = np.flatnonzero(w)[-1] + 1
     tokens = zip([x[0], *y[:n]], [0, *w[:n]])
     for trained, part in groupby(tokens, lambda token: token[1]):
         words = b"".join(spelled[id] for id, _ in part)  # a character may be several tokens
@@ -166,7 +168,8 @@ def show(row, tokenizer):
 
 def answer_all(params, cfg, tokenizer, questions, temperature=0.0):
     """Answers to lists of messages, 64 at a time -> [text]."""
-    generate, rng, answers = gpt.make_generator(cfg), np.random.default_rng(cfg.seed), []
+    generate, answers = gpt.make_generator(cfg), []
+    rng = np.random.default_rng(cfg.seed)
     for start in range(0, len(questions), 64):
         prompts = [render(messages, tokenizer)[0] for messages in questions[start:start + 64]]
         steps = generate(params, prompts, cfg.block_size, rng, temperature=temperature)
@@ -182,7 +185,8 @@ def grade(params, cfg, tokenizer, test, column):
     for word), "declined" or "wrong"."""
     said = answer_all(params, cfg, tokenizer, [messages[:-1] for [messages], *_ in test])
     for ([messages], record, _), answer in zip(test, said):
-        right, record["said"] = answer == messages[-1][1].strip(), answer
+        record["said"] = answer
+        right = answer.strip() == messages[-1][1].strip()
         record[column] = "declined" if answer == DONT_KNOW else "right" if right else "wrong"
 
 
@@ -204,9 +208,8 @@ def table(test, columns):
 
 def log_probs(params, x, y, w, cfg):
     """Log-probability of what is trained in each answer: x, y, w (n, 2, T) -> (n, 2)."""
-    T = x.shape[-1]
-    losses = gpt.token_losses(params, x.reshape(-1, T), y.reshape(-1, T), cfg)
-    return -(losses.reshape(w.shape) * w).sum(-1)
+    x, y = (a.reshape(-1, cfg.block_size) for a in (x, y))
+    return -(gpt.token_losses(params, x, y, cfg).reshape(w.shape) * w).sum(-1)
 
 
 def dpo_loss(params, batch, key, cfg, anchor=1.0):
@@ -229,7 +232,7 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
     return loss.sum(), jnp.float32(len(x))
 
 
-def built_in_preferences(cfg, params, tokenizer, n=2000):
+def built_in_preferences(cfg, params, tokenizer):
     """Records of the built-in questions: where the answer is known it is chosen and "I do not know
     that." rejected; where it is not, that is chosen and rejected what the model makes up or, if it
     makes up nothing, the answer to another question."""
@@ -237,14 +240,14 @@ def built_in_preferences(cfg, params, tokenizer, n=2000):
     if not path.exists():  # the model is of somebody's own text
         return []
     found = [messages for [messages], *_ in read_records([path]) if len(messages) == 2]
-    found = [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:n]]
+    found = [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:2000]]
     said = answer_all(params, cfg, tokenizer, [[question] for question, _ in found], 1.2)
-    records = []
-    for (question, answer), text, (_, another) in zip(found, said, found[1:] + found[:1]):
+    records, known = [], [answer[1] for _, answer in found if answer[1] != DONT_KNOW]
+    for (question, answer), text in zip(found, said):
         if answer[1] != DONT_KNOW:
             text = DONT_KNOW
         elif text.strip() in ("", DONT_KNOW):
-            text = another[1]
+            text = known[len(records) % len(known)]
         records.append(([[question, answer], [question, ("assistant", text, True)]], {}, ""))
     return records
 
@@ -253,17 +256,17 @@ def built_in_preferences(cfg, params, tokenizer, n=2000):
 
 @dataclass(frozen=True)
 class Config(gpt.Config):
-    pairs: str = setting((), "questions and answers, JSON or JSON lines; nothing: built-in ones",
-                         nargs="*", positional="pairs", metavar="PAIRS")
+    pairs: str = setting((), "questions and answers; nothing: the built-in ones", nargs="*",
+                         positional="pairs", metavar="PAIRS")
     init: str = setting("", "checkpoint to start from; nothing: out/base.npz, for DPO chat.npz")
-    eval: str = setting("", "questions to test with; without PAIRS nothing is trained")
+    eval: str = setting((), "questions to test with; without PAIRS nothing is trained", nargs=1)
     show: int = setting(0, "print this many examples with what is trained, and stop")
-    replay: float = setting(0.25, "part of the rows that is pretraining text", high=0.9)
-    dpo: str = setting(None, "preferences to train on; without a file: what was corrected in the"
-                       " chat, and built-in ones", nargs="?", const="")
-    beta: float = setting(0.1, "DPO: how far the model may move from what it was")
-    batch_size: int = setting(48, "rows in a micro-batch [with --dpo: 32]", low=1)
-    max_steps: int = setting(1200, "optimiser steps [with --dpo: 150]", low=1)
+    dpo: str = setting(None, "train on preferences; no file: corrections and built-in ones",
+                       nargs="?", const="")
+    weight_decay: float = setting(0.0, "of matrices")
+    beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
+    batch_size: int = setting(48, "rows in a micro-batch", low=1)
+    max_steps: int = setting(1200, "optimiser steps [with --dpo: 100]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 2e-4]")
 
 
@@ -274,7 +277,7 @@ def make_if_missing(path, script):
         return script([])
     about, base = gpt.load_checkpoint(path)[1], path.with_name("base.npz")
     if "base" in about and base.exists():
-        if zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]) != about["base"]:
+        if about["base"] != zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]):
             print(f"{path} comes from another base than {base} is now")
     if about["step"] < about["config"]["max_steps"]:
         print(f"{path} is unfinished: going on with it")
@@ -284,15 +287,21 @@ def make_if_missing(path, script):
 def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     """Train on all rows but the first `held` -> the parameters after it. By imitation or, given the
     parameters before, the reference, by DPO."""
-    T, old, rest = cfg.block_size, round(cfg.batch_size * cfg.replay), rows[held:]
-    objective = jax.jit(partial(dpo_loss if before else gpt.loss, cfg=cfg))
+    T, rest = cfg.block_size, rows[held:]
+    old = cfg.batch_size // 4  # rows of pretraining text, against forgetting (arXiv 2503.21676)
     reference = jax.jit(partial(log_probs, cfg=cfg))
     source = Path(cfg.data_dir, "tokenizer.json")
-    if source.exists() and Tokenizer.load(source).merges == tokenizer.merges:
+    if source.exists() and source.read_text("utf-8") == about["tokenizer"]:
         text = gpt.load_tokens(source.with_name("train.bin"), tokenizer, T + 1)
     else:
         old = 0
         print(f"{source.parent} is not the text of {cfg.init}, so none of it is replayed")
+
+    @jax.jit
+    def objective(params, batch, key):
+        # The embedding stays, or names that are never asked would fall behind those that are.
+        params = params | {"wte": jax.lax.stop_gradient(params["wte"])}
+        return (dpo_loss if before else gpt.loss)(params, batch, key, cfg)
 
     def batch_of(rows):
         x, y, w = rows.transpose(2, 0, 1, 3)
@@ -301,8 +310,9 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
 
     def batch_at(number):
         new = cfg.batch_size - old
-        batch = batch_of(rest[np.arange(number * new, (number + 1) * new) % len(rest)])
-        if old:  # pretraining text, against forgetting (arXiv 2503.21676)
+        chosen = np.arange(number * new, (number + 1) * new) % len(rest)  # main has shuffled them
+        batch = batch_of(rest[chosen])
+        if old:
             replayed = gpt.random_batch(text, old, T, cfg.seed, number)
             batch = [*batch, *replayed] if before else [*map(np.concatenate, zip(batch, replayed))]
         return batch
@@ -332,22 +342,24 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    dpo, out_dir, before = cfg.dpo is not None, Path(cfg.out_dir), None
-    path, kind = out_dir / ("dpo.npz" if dpo else "chat.npz"), PREFERENCE if dpo else ANSWER
+    dpo, out_dir = cfg.dpo is not None, Path(cfg.out_dir)
+    path = out_dir / ("dpo.npz" if dpo else "chat.npz")
     if cfg.resume:
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 150, "learning_rate": 2e-4, "batch_size": 32}
+        unset = {"max_steps": 100, "learning_rate": 2e-4}
         cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]
     # What is wrong with these is told now, not after a pretraining.
-    records, test = read_records(own, kind), read_records([cfg.eval] if cfg.eval else [])
+    records = read_records(own, PREFERENCE if dpo else ANSWER)
+    test = read_records(cfg.eval)
     only_test = bool(test) and not (own or dpo or cfg.resume)
     if not cfg.resume:
-        start = cfg.init or out_dir / ("chat.npz" if dpo or only_test else "base.npz")
+        script, name = (main, "chat.npz") if dpo or only_test else (gpt.main, "base.npz")
+        start = cfg.init or out_dir / name
         if not given & {"init", "data_dir", "out_dir"}:
-            make_if_missing(start, main if dpo or only_test else gpt.main)
+            make_if_missing(start, script)
         state, about, _, tokenizer = gpt.load_checkpoint(start)
         cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
     gpt.join(cfg)
@@ -355,22 +367,24 @@ def main(argv):
     if only_test:
         grade(state["params"], cfg, tokenizer, test, "now")
         return table(test, ["now"])
-    if dpo:
-        if cfg.init == str(path):
-            raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-        before = gpt.load_checkpoint(cfg.init)[0]["params"]
-    questions, corrections = Path(cfg.data_dir, "qa_test.jsonl"), []
+    if dpo and Path(cfg.init) == path:
+        raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
+    before = gpt.load_checkpoint(cfg.init)[0]["params"] if dpo else None
+    corrections = []
+    questions = Path(cfg.data_dir, "qa_test.jsonl")
     if not (own or test) and questions.exists():
-        test = read_records([questions])
+        test = read_records([questions])[:: 6 if dpo else 1]  # a sixth is quick
     if dpo and not own:
         feedback = out_dir / "feedback.jsonl"
         corrected = read_records([feedback] if feedback.exists() else [], PREFERENCE)
         # Of each question the last one counts.
         corrections = [*{str(record[0][0][:-1]): record for record in corrected}.values()]
         records = built_in_preferences(cfg, before, tokenizer)
+        if not records + corrections:
+            raise InputError(f"{feedback}: no corrections yet; /better in chat.py makes them")
+        # So often that they are a third of all.
         records += corrections * (1 + len(records) // (2 * len(corrections) + 1))
-        tested = {"set": "corrected by you"}
-        test = test[::6] + [([chosen], dict(tested), "") for (chosen, _), *_ in corrections]
+        test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
     elif not own:
         records = read_records([questions.with_name("qa.jsonl")])
     rows = rows_of(records, tokenizer, cfg.block_size)

@@ -532,8 +532,8 @@ def test_the_road_from_text_to_answers(made):
     assert documents() == DOCUMENTS
     [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
     assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
-    held_out = log_of("out/log_dpo.csv")[:, 2]
-    assert held_out[-1] < held_out[6]  # after step 7
+    losses, held_out = log_of("out/log_dpo.csv")[:, 1:3].T
+    assert losses[-9:].mean() < losses[:9].mean() and held_out[6] > 0  # after step 7
     assert outcome("sft pairs.json --show=1") == (
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
