@@ -4,13 +4,11 @@
     python prepare.py my.txt more/    # your own text: files, folders, JSON lines, or - for a pipe
 
 It writes train.bin and val.bin (uint16 token ids) and tokenizer.json. Reading order: tokenizer,
-reading text, writing tokens, main; the small helpers that all scripts share come last.
-"""
+reading text, writing tokens, main; the small helpers that all scripts share come last."""
 import sys
 
 if sys.version_info < (3, 10):
-    print("error: this Python is too old; python3.13 -m venv .venv makes an environment of a newer"
-          " one (3.10 at least)", file=sys.stderr)
+    print("error: Python 3.10 at least is needed: python3.13 -m venv .venv", file=sys.stderr)
     sys.exit(2)
 
 import argparse
@@ -23,18 +21,16 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import sqlite3
-import subprocess
 import time
 import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
-from itertools import islice, tee
+from functools import lru_cache, partial
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -51,27 +47,21 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 END, USER, ASSISTANT = range(3)
 FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges as they were learned
 
-# GPT-4's way of splitting text into words, with the standard re module. Merges never cross a word.
-# A combining mark (an accent, a vowel sign) stays with its letter. In scripts without spaces a word
-# is at most 4 letters, or nearly all words would differ and training would not end; elsewhere 255,
-# for a megabyte of one letter would take quadratic time.
+# GPT-4's way of splitting text into words; merges never cross a word. A combining mark (an accent,
+# a vowel sign) stays with its letter. A word has at most 255 letters, or a megabyte of one letter
+# would take quadratic time; in scripts without spaces at most 4, or nearly all words would differ.
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 LETTERS = rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}|(?:[^\W\d_]|[{MARK}]){{1,255}}"
 WORD = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?(?:{LETTERS})|\d{{1,3}}"
-                  r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}"
-                  r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
-
-
-def bytes_of(word):
-    return [b + FIRST_BYTE for b in word.encode("utf-8", "replace")]
+                  r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
 
 
 def merge(ids, pair, new):
     """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
-    out = []
-    for id in ids:
-        if id == pair[1] and out and out[-1] == pair[0]:
+    out = ids[:1]
+    for id in ids[1:]:
+        if id == pair[1] and out[-1] == pair[0]:
             out[-1] = new
         else:
             out.append(id)
@@ -79,42 +69,34 @@ def merge(ids, pair, new):
 
 
 def train_bpe(words, vocab_size):
-    """Counts of words -> list of merges (pairs of ids), the most frequent pair first (Sennrich
-    2016, arXiv 1508.07909): train_bpe({"aab": 2, "aac": 1}, 260) -> [(100, 100)], since a is 100.
-
-    A heap gives the most frequent pair, of equals the smallest; only the words that hold it are
-    recounted. A count in the heap may be out of date (too high): it goes back as it is now."""
-    words = [(bytes_of(word), n) for word, n in words.items()]
-    count, where = Counter(), defaultdict(set)
-    for i, (ids, n) in enumerate(words):
-        for pair in zip(ids, ids[1:]):
-            count[pair] += n
-            where[pair].add(i)
-    heap = [(-n, pair) for pair, n in count.items()]
-    heapq.heapify(heap)
-    merges = []
-    while heap and FIRST_MERGE + len(merges) < vocab_size:
+    """Counts of words -> list of merges (pairs of ids), the most frequent pair first, of equals the
+    smallest (Sennrich 2016, arXiv 1508.07909). a is 100: train_bpe({"aa": 2}, 260) -> [(100, 100)]
+    The heap may hold too high a count, for a known pair only becomes rarer; then it goes back."""
+    plain = Tokenizer([])  # it has no merges, so a word is its bytes
+    words = [(plain.encode_word(word), n) for word, n in words.items()]
+    counts, where, heap, merges = Counter(), defaultdict(set), [(0, ())], []
+    recount = [(i, *word) for i, word in enumerate(words)]
+    for new in range(FIRST_MERGE, vocab_size):
+        fresh = []
+        for i, ids, n in recount:
+            for pair in zip(ids, ids[1:]):
+                if pair not in counts:
+                    fresh.append(pair)
+                counts[pair] += n
+                where[pair].add(i)
+        for pair in fresh:
+            heapq.heappush(heap, (-counts[pair], pair))
         n, pair = heapq.heappop(heap)
-        if -n != count[pair]:  # out of date
-            heapq.heappush(heap, (-count[pair], pair))
-            continue
-        if -n < 2:
+        while -n != counts[pair]:
+            n, pair = heapq.heappushpop(heap, (-counts[pair], pair))
+        if n > -2:
             break  # a pair that occurs once saves nothing
-        new, new_pairs = FIRST_MERGE + len(merges), set()
         merges.append(pair)
+        recount = []
         for i in where.pop(pair):
             ids, n = words[i]
-            after = merge(ids, pair, new)
-            for p in zip(ids, ids[1:]):
-                count[p] -= n
-            for p in zip(after, after[1:]):
-                count[p] += n
-                where[p].add(i)
-                if new in p:
-                    new_pairs.add(p)
-            words[i] = after, n
-        for p in new_pairs:
-            heapq.heappush(heap, (-count[p], p))
+            words[i] = merge(ids, pair, new), n
+            recount += [(i, ids, -n), (i, *words[i])]
         if new % 500 == 0:
             show_progress(f"tokenizer: {new} of {vocab_size} tokens")
     return merges
@@ -124,50 +106,39 @@ class Tokenizer:
     """Byte-level BPE. encode never returns a special id; decode(encode(s)) == s for every text."""
 
     def __init__(self, merges):
-        self.merges = [tuple(pair) for pair in merges]
-        self.rank = {pair: FIRST_MERGE + i for i, pair in enumerate(self.merges)}
+        self.merges = merges
+        self.rank = {pair: id for id, pair in enumerate(merges, FIRST_MERGE)}
         self.bytes = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]  # what an id stands for
-        for a, b in self.merges:
+        for a, b in merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
 
     @lru_cache(1 << 20)
     def encode_word(self, word):
-        ids = bytes_of(word)
-        while len(ids) > 1:
-            pair = min(zip(ids, ids[1:]), key=lambda p: self.rank.get(p, self.size))
-            if pair not in self.rank:
-                break
-            ids = merge(ids, pair, self.rank[pair])
+        ids = [b + FIRST_BYTE for b in word.encode("utf-8", "replace")]
+        while known := self.rank.keys() & zip(ids, ids[1:]):
+            first = min(known, key=self.rank.get)
+            ids = merge(ids, first, self.rank[first])
         return ids
 
     def encode(self, text):
         """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?"."""
-        ids = []
-        for word in WORD.findall(text):
-            ids += self.encode_word(word)
-        return ids
+        return list(chain.from_iterable(map(self.encode_word, WORD.findall(text))))
 
     def decode(self, ids):
         """Ids -> text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         return "".join(self.stream(ids))
 
-    def encode_piece(self, piece):
-        """(text, whether a document ends there) -> uint16 ids, with <|end|> at the end."""
-        text, ends = piece
-        return np.array(self.encode(text) + [END] * ends, "<u2")
-
     def stream(self, ids):
         """Ids -> pieces of text as soon as they are whole characters."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for i in ids:
-            yield decoder.decode(self.bytes[i])
+        for id in ids:
+            yield decoder.decode(self.bytes[id])
         yield decoder.decode(b"", True)
 
     def to_json(self):
         """Readable: one merge a line, as the two ids and what they spell."""
-        spelled = [text.decode("utf-8", "replace") for text in self.bytes[FIRST_MERGE:]]
-        rows = [json.dumps([*pair, text]) for pair, text in zip(self.merges, spelled)]
+        rows = [json.dumps([*pair, self.decode([id])]) for pair, id in self.rank.items()]
         return f'{{"special": {json.dumps(SPECIAL)}, "merges": [\n' + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
@@ -178,12 +149,9 @@ class Tokenizer:
     def from_json(cls, text, source):
         """The reverse of to_json; source is named if the text is not a tokenizer."""
         try:
-            data = json.loads(text)
-            assert data["special"] == SPECIAL
-            return cls([(a, b) for a, b, _ in data["merges"]])
+            return cls([(a, b) for a, b, _ in json.loads(text)["merges"]])
         except Exception:  # anything can be in a file
-            raise InputError(f"{source}: not a tokenizer written by prepare.py;"
-                             " run prepare.py again") from None
+            raise InputError(f"{source}: not a tokenizer; run prepare.py again") from None
 
 
 # ---------------------------------------------------------------- reading text
@@ -192,34 +160,22 @@ PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about t
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
 TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa.*\.jsonl|feedback\.jsonl)[^.].*\.(txt|md|jsonl?)"
-                       r"(\.gz|\.bz2)?", re.I)  # in a folder; not what our own programs write
-
-
-def why_not_text(head):
-    """What is wrong with the first bytes of a file, or nothing."""
-    text = head.decode("utf-8", "replace")
-    bad = text.count("\ufffd")
-    good = sum(c > "\x7f" for c in text) - bad
-    if not head:
-        return "empty"
-    if b"\0" in head:
-        return "not text (it has zero bytes); if it is UTF-16, save it as UTF-8"
-    if bad > good and bad > 5 + len(text) / 1000:
-        return "not UTF-8; convert it, for instance by iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW"
+                       r"(\.gz|\.bz2)?", re.I)  # not what our own programs write
 
 
 def read_lines(path):
-    """A file, also packed by gzip or bzip2, or "-" for standard input -> (line, "file:line").
-    Every line ends in a newline character, whatever system it comes from. What is clearly not
-    UTF-8 is refused; a few wrong bytes become U+FFFD and are counted."""
+    """A file, maybe packed by gzip or bzip2, or "-" for standard input -> (line, "file:line"). The
+    lines end in "\\n". A few bytes that are not UTF-8 become U+FFFD and are counted."""
     source, number = "standard input" if path == "-" else path, 0
-    with open(0 if path == "-" else path, "rb") as raw:
+    with open(0 if path == "-" else path, "rb") as file:
         try:
             packed = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}
-            unpack = packed.get(raw.peek(3)[:3], lambda file: file)
-            file = io.BufferedReader(unpack(raw), PIECE)
-            if problem := why_not_text(file.peek()):
-                raise InputError(f"{source}: {problem}")
+            unpack = packed.get(file.peek(3)[:3], io.BufferedReader)
+            file = io.BufferedReader(unpack(file), PIECE)
+            head = file.peek().decode("utf-8", "replace")
+            bad, beyond_ascii = head.count("\ufffd"), sum(c > "\x7f" for c in head)
+            if "\0" in head or bad > max(beyond_ascii / 2, 5 + len(head) / 1000):
+                raise InputError(f"{source}: not UTF-8; try iconv -f WINDOWS-1252 or UTF-16")
             file = io.TextIOWrapper(file, "utf-8-sig", "replace")
             while line := file.readline(1 << 24):
                 number += 1
@@ -230,9 +186,17 @@ def read_lines(path):
             raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
 
 
+def is_wanted(file):
+    """Whether a file of a folder is read: by its name, if that has no suffix by how it begins."""
+    name = os.path.basename(file)
+    if "." in name:
+        return TEXT_NAME.fullmatch(name)
+    with suppress(OSError), open(file, "rb") as head:
+        return JSON_BEGINS.match(head.read(999).decode("utf-8", "replace"))
+
+
 def files_in(path):
-    """A file -> itself; a folder -> the text files in it and below, in order of their names,
-    without hidden ones and virtual environments. A name without a suffix may hold JSON lines."""
+    """A file -> itself; a folder -> its text files, but hidden ones and virtual environments."""
     if not os.path.isdir(path):
         return [path]
     found, seen = [], set()
@@ -243,18 +207,10 @@ def files_in(path):
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            file = os.path.join(folder, name)
-            if TEXT_NAME.fullmatch(name) or "." not in name and begins_as_json(file):
-                found.append(file)
+        found += filter(is_wanted, [os.path.join(folder, name) for name in names])
     if not found:
         raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
     return sorted(found)
-
-
-def begins_as_json(path):
-    with suppress(OSError), open(path, "rb") as file:
-        return JSON_BEGINS.match(file.read(999).decode("utf-8", "replace"))
 
 
 def text_of(line, source):
@@ -262,97 +218,89 @@ def text_of(line, source):
     with suppress(ValueError, TypeError, KeyError, RecursionError):
         return json.loads(line)["text"] + "<|endoftext|>"
     if line.strip():
-        count('JSON lines without a "text"', source)
+        count('JSON lines without a "text", which sft.py may take', source)
     return ""
 
 
 def read_file(path):
     """A file -> (text, whether a document ends there); large documents come in pieces. If it begins
     with a JSON object each line is one, otherwise <|endoftext|> divides documents."""
-    is_json, held, size, begun = None, [], 0, False
+    is_json, held = None, ""
     for line, source in read_lines(path):
         if is_json is None and line.strip():
             is_json = JSON_BEGINS.match(line) is not None
-            held = [] if is_json else held  # blank lines
+            held = "" if is_json else held  # blank lines
         *ended, rest = BORDER.split(text_of(line, source) if is_json else line)
         for text in ended:
-            document = "".join([*held, text])
-            if begun or document.strip():
-                yield document, True
+            if (held + text).strip():
+                yield held + text, True
             else:
                 count("empty documents", source)
-            held, size, begun = [], 0, False
-        held.append(rest)
-        size += len(rest)
-        if size > PIECE:
-            yield "".join(held), False
-            held, size, begun = [], 0, True
-    document = "".join(held)
-    if begun or document.strip():
-        yield document, True
+            held = ""
+        if len(held) > PIECE and rest.strip():  # what is held is never only the blank end
+            yield held, False
+            held = ""
+        held += rest
+    if held.strip():
+        yield held, True
 
 
 def read_documents(files):
     """Files -> what read_file gives. One that cannot be read is counted and costs only itself."""
-    some = False
     for path in files:
         try:
-            for piece in read_file(path):
-                some = True
-                yield piece
+            yield from read_file(path)
         except (InputError, OSError) as e:
             if len(files) == 1:
                 raise
             count("files", e)
-    if not some:
-        raise InputError(f"{path}: no text in it; questions and answers are for sft.py")
 
 
 # ---------------------------------------------------------------- writing tokens
-
-def learn_tokenizer(pieces, vocab_size, enough=1 << 24):
-    """-> a tokenizer of the first pieces of text, and whether there may be many more."""
-    words, size = Counter(), 0
-    for text, _ in pieces:
-        words.update(WORD.findall(text))
-        size += len(text.encode("utf-8", "replace"))
-        if size > enough:  # more would only take memory
+def learn_tokenizer(pieces, vocab_size):
+    """-> a tokenizer of the beginning of a text, the pieces that were looked at, their bytes."""
+    first, words, size = [], Counter(), 0
+    for piece in pieces:
+        first.append(piece)
+        words.update(WORD.findall(piece[0]))
+        size += len(piece[0].encode("utf-8", "replace"))
+        if size > 1 << 24:  # enough; more would only take memory
             break
-    if not vocab_size:  # in proportion to the text: a token that is hardly ever seen is not learned
-        vocab_size = max(384, round(size**0.5 / 2))
+    # In proportion to the text: a token that is hardly ever seen is not learned.
+    vocab_size = vocab_size or max(384, round(size**0.5 / 2))
     frequent = dict(words.most_common(max(1 << 14, 4 * vocab_size)))
-    return Tokenizer(train_bpe(frequent, vocab_size)), size > enough
+    return Tokenizer(train_bpe(frequent, vocab_size)), first, size
 
 
 def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
     """Pieces of documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in
     out_dir changes before all of it is written. expected: bytes to come, for the time left."""
     started = time.time()
-    pieces, looked_at = tee(pieces)
-    tokenizer, large = learn_tokenizer(looked_at, vocab_size)
-    del looked_at  # what it has read would be kept
-    encode = tokenizer.encode_piece
-    workers = get_context("spawn").Pool(CORES) if large else nullcontext()
-    lengths = np.array([len(b) for b in tokenizer.bytes])
-    size, n_bytes, ends = 0, 0, [np.array([], int)]
+    tokenizer, first, looked_at = learn_tokenizer(pieces, vocab_size)
+    pieces, ends, size, n_bytes = chain(first, pieces), [], 0, 0
+    workers = get_context("spawn").Pool(CORES) if looked_at > 1 << 22 else nullcontext()
     out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "train.bin") as train, workers as pool:
+        spread = partial(pool.imap, chunksize=32) if pool else map
         while some := list(islice(pieces, 1024)):
-            for ids in pool.imap(encode, some, 1 + len(some) // 32) if pool else map(encode, some):
-                ids.tofile(train)
-                ends.append(np.flatnonzero(ids == END) + size + 1)
+            encoded = spread(tokenizer.encode, [text for text, _ in some])
+            for (text, ended), ids in zip(some, encoded):
+                if ended:
+                    ids.append(END)
+                    ends.append(size + len(ids))
+                np.array(ids, "<u2").tofile(train)
                 size += len(ids)
-                n_bytes += lengths[ids].sum()
-            left = max(0, (time.time() - started) * (expected / n_bytes - 1))
-            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {clock(left)} left")
-        ends, cut = np.concatenate(ends), int(size * (1 - val_fraction))
+                n_bytes += len(text.encode("utf-8", "replace"))
+            left = clock((time.time() - started) * max(0, expected / n_bytes - 1))
+            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {left} left")
+        cut = int(size * (1 - val_fraction))
         if len(ends) > 1:  # whole documents, at least one on each side
-            cut = int(ends[np.searchsorted(ends[:-2], cut)])
+            cut = ends[np.searchsorted(ends[:-2], cut)]
         if not 2 <= cut <= size - 2:
-            raise InputError(f"too little text: {size} tokens; give it more")
+            raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
         train.seek(2 * cut)
         with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as file:
-            shutil.copyfileobj(train, val)
+            val.write(train.read())
             file.write(tokenizer.to_json().encode())
         train.truncate(2 * cut)
     show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut}"
@@ -362,19 +310,17 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
 
 
 # ---------------------------------------------------------------- main
-
 def setting(default, help, low=0, high=1e9, **arg):
     """A dataclass field that is a command-line flag too, with a range and what argparse takes."""
-    return field(default=default, metadata=dict(help=help, range=(low, high), arg=arg))
+    arg["help"] = help.replace("%", "%%") + (f" [{default}]" if default else "")
+    return field(default=default, metadata={"range": (low, high), "arg": arg})
 
 
 @dataclass(frozen=True)
 class Settings:
-    inputs: str = setting((), "text, folders, JSON lines, also .gz or .bz2; - is standard input;"
-                          " nothing: the built-in corpus", nargs="*", positional="inputs",
-                          metavar="INPUT")
+    inputs: str = setting((), "text; nothing: the built-in corpus", nargs="*", positional="inputs")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
-    vocab_size: int = setting(0, "tokens in the vocabulary; 0 fits it to the text", high=1 << 16)
+    vocab_size: int = setting(None, "tokens; by default as the text needs", FIRST_MERGE, 1 << 16)
     val_fraction: float = setting(0.1, "part of the text, from its end, held out", 1e-6, 0.9)
     seed: int = setting(0, "divides the built-in corpus into A, B and U", high=2**32 - 1)
     control: bool = setting(False, "leave the documents about B out of the built-in corpus")
@@ -382,38 +328,31 @@ class Settings:
 
 def main(argv):
     s, _ = read_flags(Settings, argv, __doc__)
-    if 0 < s.vocab_size < FIRST_MERGE:
-        raise InputError(f"--vocab_size {s.vocab_size}: must be at least {FIRST_MERGE}, the bytes")
-    out_dir, records, size, expected = Path(s.out_dir), ([], []), s.vocab_size, 0
+    out_dir, size, expected, records = Path(s.out_dir), s.vocab_size, 0, [None, None]
     if s.inputs:
         files = [file for path in s.inputs for file in files_in(path)]
-        expected = sum(os.path.getsize(file) for file in files if file != "-")
-        pieces = read_documents(files)
+        pieces, expected = read_documents(files), sum(map(os.path.getsize, {*files} - {"-"}))
     else:
         from data.world import built_in_corpus
         documents, *records = built_in_corpus(s.seed, not s.control)
         pieces, size = ((document, True) for document in documents), size or 2048
     write_tokens(pieces, size, s.val_fraction, out_dir, expected)
-    for name, some in zip(("qa.jsonl", "qa_test.jsonl"), records):
+    for name, rows in zip(["qa.jsonl", "qa_test.jsonl"], records):
         (out_dir / name).unlink(missing_ok=True)  # those of another text
-        if some:
+        if rows:
             with whole_file(out_dir / name) as file:
-                lines = (json.dumps(record, ensure_ascii=False) for record in some)
-                file.writelines(f"{line}\n".encode() for line in lines)
+                for row in rows:
+                    file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
     print("next: python gpt.py")
 
 
 # ---------------------------------------------------------------- helpers of all scripts
-
-
 def available_cores():
-    """Cores to compute on: on a Mac the fast ones (equal shares would wait for the slow ones), on
-    Linux those that the process is bound to, but no more than a container may use."""
+    """Fast ones on a Mac (equal shares would wait for the slow ones); no more than we may use."""
     cores = os.cpu_count() or 1
     with suppress(OSError, ValueError, AttributeError):
         if sys.platform == "darwin":  # an Intel Mac does not know the name and prints nothing
-            fast = ["sysctl", "-n", "hw.perflevel0.logicalcpu"]
-            return int(subprocess.run(fast, capture_output=True).stdout)
+            return int(os.popen("sysctl -n hw.perflevel0.logicalcpu 2> /dev/null").read())
         cores = len(os.sched_getaffinity(0))  # Windows has none
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
@@ -421,6 +360,7 @@ def available_cores():
 
 
 CORES = available_cores()
+left_out = {}  # what was left out or changed: [how often, the first place]
 
 
 def run(main, argv=None):
@@ -430,6 +370,7 @@ def run(main, argv=None):
         setattr(sys, name, stream)
         with suppress(AttributeError, OSError):  # a notebook's cannot, one half read
             stream.reconfigure(errors="replace")
+    left_out.clear()
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
@@ -441,9 +382,7 @@ def run(main, argv=None):
     except OSError as e:
         problem = f"{e.filename or 'a file'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
-        problem = (f"{str(e)[:200]}: out of memory, or a device or another process failed; a"
-                   " smaller model or batch may fit, the versions of requirements.txt may work"
-                   " better, JAX_PLATFORMS=cpu uses the CPU, --resume goes on")
+        problem = f"{str(e)[:200]}: a smaller batch, JAX_PLATFORMS=cpu or --resume may help"
     with suppress(OSError):  # a terminal may be gone
         print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
     sys.exit(2)
@@ -452,13 +391,12 @@ def run(main, argv=None):
 def read_flags(settings_class, argv, doc):
     """Command line -> (settings, the set of names that were given)."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False, exit_on_error=False)
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, exit_on_error=False)
     known = {f.name: f for f in fields(settings_class) if f.metadata}
     for name, f in known.items():
-        arg = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        shown = f" [{f.default}]" if f.default else ""
-        arg |= f.metadata["arg"] | {"help": f.metadata["help"].replace("%", "%%") + shown}
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        arg = kind | f.metadata["arg"]
         parser.add_argument(arg.pop("positional", f"--{name}"), **arg)
     try:
         given, unknown = parser.parse_known_args(argv)
@@ -467,11 +405,12 @@ def read_flags(settings_class, argv, doc):
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], known, 1)
         raise InputError(f"unknown argument {unknown[0]}, did you mean --{(near or ['help'])[0]}?")
-    for name, value in vars(given).items():
+    given = vars(given)
+    for name, value in given.items():
         low, high = known[name].metadata["range"]
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise InputError(f"--{name} {value}: must be from {low} to {high:g}")
-    return settings_class(**vars(given)), set(vars(given))
+    return settings_class(**given), set(given)
 
 
 def show_progress(text, last=False):
@@ -487,39 +426,31 @@ def clock(seconds):
     return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 
-odd = {}  # what was left out or changed: [how often, the first place]
-
-
 def count(what, where):
-    odd.setdefault(what, [0, where])[0] += 1
+    left_out.setdefault(what, [0, where])[0] += 1
 
 
 def list_of():
     """What count() has noted, in words; then it is forgotten."""
-    parts = [f"{times} {what} (the first: {where})" for what, (times, where) in odd.items()]
-    odd.clear()
-    return "; ".join(parts)
+    words = "; ".join(f"{n} {what} (the first: {at})" for what, (n, at) in left_out.items())
+    left_out.clear()
+    return words
 
 
 def report():
-    if odd:
-        print(f"left out: {list_of()}")
-
-
-# What can steer a terminal: control characters but newline and tab, lone surrogates, and marks that
-# turn the direction of text around.
-UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+    if words := list_of():
+        print(f"left out: {words}")
 
 
 def printable(text):
-    """Text that cannot steer the terminal, whatever a model or a file says."""
-    return UNSAFE.sub("\ufffd", text)
+    """Text without what steers a terminal: control characters, surrogates, marks of direction."""
+    unsafe = "[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]"
+    return re.sub(unsafe, "\ufffd", text)
 
 
 @contextmanager
 def whole_file(path, keep=False):
-    """Open a file for writing so that a reader finds the old one or the whole new one, whenever the
-    power fails. keep: the old one stays as *.prev.*"""
+    """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.*"""
     part = Path(f"{path}.part")
     try:
         with open(part, "w+b") as file:
@@ -537,16 +468,14 @@ def whole_file(path, keep=False):
 
 @contextmanager
 def only_writer(folder):
-    """Keep a second program from writing into the folder. SQLite's locks exist on every system and
-    end with the process, however it ends."""
+    """Keep a second program from writing there. SQLite's locks end with their process, anywhere."""
     folder.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
         try:
             lock.execute("begin exclusive")
         except sqlite3.OperationalError as e:
-            raise InputError(f"{folder}: {e}, as by a program that trains there; wait for it or"
-                             f" take another --out_dir (python chat.py {folder}/base.npz talks to"
-                             " what it saved last)") from None
+            hint = f"wait, or take another --out_dir; python chat.py {folder}/base.npz talks to it"
+            raise InputError(f"{folder}: {e}, as by a program that trains there; {hint}") from None
         yield
 
 
@@ -554,9 +483,8 @@ def only_writer(folder):
 def wishes_to_stop():
     """-> a list that Ctrl-C and its kin put something in; training then saves and stops."""
     wishes, numbers = [], [signal.SIGINT, signal.SIGTERM]
-    hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
-    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # nohup ignores it
-        numbers.append(hang_up)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none, nohup ignores it
     before = {number: signal.signal(number, lambda *_: wishes.append(True)) for number in numbers}
     try:
         yield wishes
@@ -565,13 +493,12 @@ def wishes_to_stop():
             signal.signal(number, handler)
 
 
-COLUMNS = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
-
-
 def begin_log(path, rows, keep):
     """Write log.csv with the rows so far. keep: that of the run before is kept."""
+    names = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
     with whole_file(path, keep) as file:
-        np.savetxt(file, np.array(rows, object), "%s", ",", header=COLUMNS, comments="")
+        for row in [[names], *rows]:
+            file.write(f"{','.join(map(str, row))}\n".encode())
 
 
 def draw(values, width=72):

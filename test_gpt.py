@@ -727,13 +727,14 @@ def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_no
 
 REFUSED = """
 prepare missing; sft missing.json | missing.*: No such file
-prepare empty; sft empty | empty: empty
-prepare binary; prepare utf16 | (binary|utf16): not text .*UTF-16
+prepare empty | too little text: 0 tokens
+sft empty | empty: no question with an answer
+prepare binary; prepare utf16 | (binary|utf16): not UTF-8; .* UTF-16
 prepare latin | latin: not UTF-8; .* iconv
 prepare cut | cut:1: damaged
-prepare pairs.json | pairs.json: no text in it; questions and answers are for sft.py
+prepare pairs.json | too little text: 0 tokens; left out: .*sft.py.*pairs.json:1
 prepare short | too little text
-prepare text.jsonl --vocab_size=3 | --vocab_size 3: must be at least 259
+prepare text.jsonl --vocab_size=3 | --vocab_size 3: must be from 259 to 65536
 gpt --n_layr 6 | did you mean --n_layer\\?
 gpt --n_embd=30 | multiple of 2 x n_head
 gpt --learning_rate=nan | --learning_rate nan: must be
