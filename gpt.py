@@ -618,12 +618,11 @@ def join(cfg):
 
 
 def small_gradient(where):
-    """The gradient of a small model, computed on a device, as one array. In its random parameters
-    and tokens no part of the gradient is much smaller than the others, so a wrong one shows."""
+    """The gradient of a small random model, computed on a device, as one array."""
     cfg = Config(n_layer=1, dtype="float32", vocab_size=64)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
-    x, y = rng.integers(64, size=(2, 3, 64))
+    x, y = rng.integers(64, size=(2, 3, 64))  # x stands for the weights too
     with jax.default_device(where):
         gradient = jax.jit(jax.grad(lambda params: loss(params, (x, y, x), None, cfg)[0]))(params)
         return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
@@ -670,8 +669,7 @@ def main(argv):
     if cfg.n_embd % (2 * cfg.n_head):
         raise InputError(f"--n_embd {cfg.n_embd}: no multiple of 2 x n_head = {2 * cfg.n_head}")
     if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
-        raise InputError(f"--batch_size {cfg.batch_size}: no multiple of {jax.device_count()}, the"
-                         " number of devices")
+        raise InputError(f"--batch_size: no multiple of the {jax.device_count()} devices")
     ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
     batch_at = partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
