@@ -157,9 +157,8 @@ def answer_lines(answer):
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
     path = Path(cfg.checkpoint or "out/chat.npz")
-    if not cfg.checkpoint:
-        with redirect_stdout(sys.stderr):  # standard output is for answers only
-            sft.make_if_missing(path, sft.main)
+    with redirect_stdout(sys.stderr):  # standard output is for answers only
+        sft.make_if_missing(path, None if cfg.checkpoint else sft.main)
     gpt.check_device()
     reply = load(path)
 

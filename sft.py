@@ -271,15 +271,16 @@ class Config(gpt.Config):
 
 
 def make_if_missing(path, script):
-    """Run the main of the script that makes a default input, unless it is there and finished."""
-    if not path.exists():
+    """Run the main of the script that makes a default input, unless it is there and finished; for
+    an input that was named there is none."""
+    if script and not path.exists():
         print(f"no {path} yet: it is made first")
         return script([])
     about, base = gpt.load_checkpoint(path)[1], path.with_name("base.npz")
     if "base" in about and base.exists():
         if about["base"] != zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]):
             print(f"{path} comes from another base than {base} is now")
-    if about["step"] < about["config"]["max_steps"]:
+    if script and about["step"] < about["config"]["max_steps"]:
         print(f"{path} is unfinished: going on with it")
         script(["--resume"])
 
@@ -287,7 +288,8 @@ def make_if_missing(path, script):
 def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     """Train on all rows but the first `held` -> the parameters after it. By imitation or, given the
     parameters before, the reference, by DPO."""
-    T, rest = cfg.block_size, rows[held:]
+    T = cfg.block_size
+    rest = rows[held:]
     old = cfg.batch_size // 4  # rows of pretraining text, against forgetting (arXiv 2503.21676)
     reference = jax.jit(partial(log_probs, cfg=cfg))
     source = Path(cfg.data_dir, "tokenizer.json")
@@ -354,7 +356,7 @@ def main(argv):
     # What is wrong with these is told now, not after a pretraining.
     records = read_records(own, PREFERENCE if dpo else ANSWER)
     test = read_records(cfg.eval)
-    only_test = bool(test) and not (own or dpo or cfg.resume)
+    only_test = test and not (own or dpo or cfg.resume)
     if not cfg.resume:
         script, name = (main, "chat.npz") if dpo or only_test else (gpt.main, "base.npz")
         start = cfg.init or out_dir / name
