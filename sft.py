@@ -13,7 +13,7 @@ import json
 import zlib
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, cycle, groupby
 from pathlib import Path
 
 import gpt
@@ -156,8 +156,7 @@ def show(row, tokenizer):
     x, y, w = row
     text = ""
     n = np.flatnonzero(w)[-1] + 1
-    tokens = zip([x[0], *y[:n]], [0, *w[:n]])
-    for trained, part in groupby(tokens, lambda token: token[1]):
+    for trained, part in groupby(zip([x[0], *y[:n]], [0, *w[:n]]), lambda token: token[1]):
         words = b"".join(spelled[id] for id, _ in part)  # a character may be several tokens
         words = printable(words.decode("utf-8", "replace"))
         text += f"[{words}]" if trained else words
@@ -233,23 +232,20 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
 
 
 def built_in_preferences(cfg, params, tokenizer):
-    """Records of the built-in questions: where the answer is known it is chosen and "I do not know
-    that." rejected; where it is not, that is chosen and rejected what the model makes up or, if it
+    """Records of the built-in questions. Of what is known, the answer is chosen and "I do not know
+    that." rejected; of what is not, that is chosen and rejected what the model makes up or, if it
     makes up nothing, the answer to another question."""
-    path = Path(cfg.data_dir, "qa.jsonl")
-    if not path.exists():  # the model is of somebody's own text
-        return []
-    found = [messages for [messages], *_ in read_records([path]) if len(messages) == 2]
-    found = [found[i] for i in np.random.default_rng(cfg.seed).permutation(len(found))[:2000]]
-    said = answer_all(params, cfg, tokenizer, [[question] for question, _ in found], 1.2)
-    records, known = [], [answer[1] for _, answer in found if answer[1] != DONT_KNOW]
-    for (question, answer), text in zip(found, said):
-        if answer[1] != DONT_KNOW:
-            text = DONT_KNOW
-        elif text.strip() in ("", DONT_KNOW):
-            text = known[len(records) % len(known)]
-        records.append(([[question, answer], [question, ("assistant", text, True)]], {}, ""))
-    return records
+    path = Path(cfg.data_dir, "qa.jsonl")  # there is none with somebody's own text
+    records = read_records([path] if path.exists() else [])
+    found = [messages for [messages], *_ in records if len(messages) == 2]
+    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1000]
+    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:1200]
+    said = answer_all(params, cfg, tokenizer, [[question] for question, _ in unknown], 1.2)
+    rejected = [DONT_KNOW] * len(known)
+    for text, (_, another) in zip(said, cycle(known)):
+        rejected.append(another[1] if text.strip() in ("", DONT_KNOW) else text)
+    return [([[question, answer], [question, ("assistant", text, True)]], {}, "")
+            for (question, answer), text in zip(known + unknown, rejected)]
 
 
 # ---------------------------------------------------------------- main
@@ -266,7 +262,7 @@ class Config(gpt.Config):
     weight_decay: float = setting(0.0, "of matrices")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(48, "rows in a micro-batch", low=1)
-    max_steps: int = setting(1200, "optimiser steps [with --dpo: 100]", low=1)
+    max_steps: int = setting(1200, "optimiser steps [with --dpo: 150]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 2e-4]")
 
 
@@ -301,9 +297,11 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
 
     @jax.jit
     def objective(params, batch, key):
+        if before:
+            return dpo_loss(params, batch, key, cfg)
         # The embedding stays, or names that are never asked would fall behind those that are.
         params = params | {"wte": jax.lax.stop_gradient(params["wte"])}
-        return (dpo_loss if before else gpt.loss)(params, batch, key, cfg)
+        return gpt.loss(params, batch, key, cfg)
 
     def batch_of(rows):
         x, y, w = rows.transpose(2, 0, 1, 3)
@@ -328,8 +326,6 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
         return float(total / number), ""
 
     data = zlib.crc32(rows)
-    if cfg.resume and about["data"] != data:
-        raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     if not cfg.resume:
         wte = state["params"]["wte"]
         about.setdefault("base", zlib.crc32(wte))
@@ -339,6 +335,8 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
         about.update(kind="chat", data=data)
         if held:
             print(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
+    if about["data"] != data:
+        raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
 
 
@@ -350,7 +348,7 @@ def main(argv):
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 100, "learning_rate": 2e-4}
+        unset = {"max_steps": 150, "learning_rate": 2e-4}
         cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]
     # What is wrong with these is told now, not after a pretraining.
@@ -380,7 +378,7 @@ def main(argv):
         feedback = out_dir / "feedback.jsonl"
         corrected = read_records([feedback] if feedback.exists() else [], PREFERENCE)
         # Of each question the last one counts.
-        corrections = [*{str(record[0][0][:-1]): record for record in corrected}.values()]
+        corrections = [*{str(found[0][0][:-1]): found for found in corrected}.values()]
         records = built_in_preferences(cfg, before, tokenizer)
         if not records + corrections:
             raise InputError(f"{feedback}: no corrections yet; /better in chat.py makes them")
