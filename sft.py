@@ -238,8 +238,8 @@ def built_in_preferences(cfg, params, tokenizer):
     path = Path(cfg.data_dir, "qa.jsonl")  # there is none with somebody's own text
     records = read_records([path] if path.exists() else [])
     found = [messages for [messages], *_ in records if len(messages) == 2]
-    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1000]
-    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:1200]
+    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:700]
+    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:1300]
     said = answer_all(params, cfg, tokenizer, [[question] for question, _ in unknown], 1.2)
     rejected = [DONT_KNOW] * len(known)
     for text, (_, another) in zip(said, cycle(known)):
@@ -262,7 +262,7 @@ class Config(gpt.Config):
     weight_decay: float = setting(0.0, "of matrices")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(48, "rows in a micro-batch", low=1)
-    max_steps: int = setting(1200, "optimiser steps [with --dpo: 150]", low=1)
+    max_steps: int = setting(1200, "optimiser steps [with --dpo: 120]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 2e-4]")
 
 
@@ -348,7 +348,7 @@ def main(argv):
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 150, "learning_rate": 2e-4}
+        unset = {"max_steps": 120, "learning_rate": 2e-4}
         cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]
     # What is wrong with these is told now, not after a pretraining.
