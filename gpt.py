@@ -4,10 +4,10 @@
     python gpt.py --n_layer 6 --learning_rate 2e-3
     python gpt.py --resume         # goes on after Ctrl-C or a power cut
 
-Read it from top to bottom. Three ideas carry it: one attention head is written for one sequence
-and jax.vmap makes all heads of all sequences of it; jax.grad derives the backward pass; jax.jit
-compiles. In shapes: B batch, T time (tokens), S time of keys and values, V vocabulary, C width,
-H heads, D = C / H.
+Read it from top to bottom. Four ideas carry it: a model is nested dicts of arrays; one attention
+head is written for one sequence and jax.vmap makes all heads of all sequences of it; jax.grad
+derives the backward pass; jax.jit compiles. In shapes: B batch, T time (tokens), S time of keys
+and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand last in prepare.py.
 """
 import json
 import math
@@ -75,7 +75,7 @@ class Config:
     vocab_size: int = 0  # the tokenizer's, not a flag
 
 
-MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
+MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # fixed for good
 MAY_CHANGE = {"max_steps", "eval_every", "log_every", "data_dir", "eval", "shard_params",
               "coordinator", "num_processes", "process_id"}  # on --resume; eval is of sft.py
 SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
@@ -291,7 +291,7 @@ def learning_rate(step, cfg):
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
     part = (step - warmup) / (cfg.max_steps - warmup)
-    return cfg.learning_rate * (0.525 + 0.475 * math.cos(math.pi * part))
+    return cfg.learning_rate * (0.525 + 0.475 * math.cos(math.pi * part))  # from 1 to 0.05
 
 
 def new_state(params):
@@ -320,8 +320,8 @@ def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
 
 
 def placements(rows, devices=None):
-    """Where arrays live: (whole on each device, split over them along the first axis); as many
-    devices as divide the rows of a batch. jit adds what the devices must tell each other."""
+    """Where arrays live (skip it at first): whole on each device, and split over them along the
+    first axis; as many devices as divide the rows. jit adds what they must tell each other."""
     devices = devices or jax.devices(device().client)
     n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
@@ -368,7 +368,7 @@ def make_step(objective, batch_at, cfg, home):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
             batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
-            new = gradient(state["params"], batch, np.array([cfg.seed, n], np.uint32))
+            new = gradient(state["params"], batch, np.array([cfg.seed, n], np.uint32))  # a key
             jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
             sums = jax.tree.map(jnp.add, sums, new) if sums else new
         return update(state, sums, np.float32(number + 1), np.float32(rate))
