@@ -175,7 +175,8 @@ def read_lines(path):
             head = file.peek().decode("utf-8", "replace")
             bad, beyond_ascii = head.count("\ufffd"), sum(c > "\x7f" for c in head)
             if "\0" in head or bad > max(beyond_ascii / 2, 5 + len(head) / 1000):
-                raise InputError(f"{source}: not UTF-8; try iconv -f WINDOWS-1252 or UTF-16")
+                raise InputError(f"{source}: not UTF-8; convert it, for instance by iconv -f"
+                                 " WINDOWS-1252 (or UTF-16) -t UTF-8 OLD > NEW")
             file = io.TextIOWrapper(file, "utf-8-sig", "replace")
             while line := file.readline(1 << 24):
                 number += 1
