@@ -258,6 +258,7 @@ def read_documents(files):
 
 
 # ---------------------------------------------------------------- writing tokens
+
 def learn_tokenizer(pieces, vocab_size):
     """-> a tokenizer of the beginning of a text, the pieces that were looked at, their bytes."""
     first, words, size = [], Counter(), 0
@@ -311,6 +312,7 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
 
 
 # ---------------------------------------------------------------- main
+
 def setting(default, help, low=0, high=1e9, **arg):
     """A dataclass field that is a command-line flag too, with a range and what argparse takes."""
     arg["help"] = help.replace("%", "%%") + (f" [{default}]" if default else "")
@@ -348,6 +350,7 @@ def main(argv):
 
 
 # ---------------------------------------------------------------- helpers of all scripts
+
 def available_cores():
     """Fast ones on a Mac (equal shares would wait for the slow ones); no more than we may use."""
     cores = os.cpu_count() or 1

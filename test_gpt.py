@@ -297,7 +297,8 @@ def test_hostile_text_takes_linear_time(text):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me", "ภาษา|ไทยที่|นี่"])
+@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me",
+                      "ภาษา|ไทยที่|นี่"])
 def test_combining_marks_stay_in_their_word(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
@@ -336,9 +337,16 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     objective = jax.jit(jax.value_and_grad(partial(sft.dpo_loss, cfg=CFG, anchor=0.7), has_aux=True))
     (total, count), gradient = objective(PARAMS, [*pairs, reference], None)
     margin = CFG.beta * ((logp - reference) @ [1, -1])
+
+    def expected(margin, chosen=0):
+        per_token = logp[:, chosen] / W[chosen::2].sum(-1)
+        return (np.log1p(np.exp(-margin)) - 0.7 * per_token).sum()
+    assert count == 3 and total == approx(expected(margin), rel=1e-4)
+    (before, _), _ = objective(PARAMS, [*pairs, np.float32(logp)], None)
+    assert before == approx(expected(np.zeros(3)), rel=1e-4)  # ln 2 a pair: nothing is learned yet
+    (swapped, _), _ = objective(PARAMS, [a[:, ::-1] for a in (*pairs, reference)], None)
+    assert swapped == approx(expected(-margin, chosen=1), rel=1e-4)
     per_token = 0.7 / W[::2].sum(-1)
-    expected = np.log1p(np.exp(-margin)) - per_token * logp[:, 0]
-    assert count == 3 and total == approx(expected.sum(), rel=1e-4)
     doubt = CFG.beta / (1 + np.exp(margin))
     factors = np.stack([doubt + per_token, -doubt], axis=1).ravel()  # of the rows' gradients
     assert_close(gradient, tree.map(lambda *g: np.tensordot(factors, g, 1), *GRADIENTS), 1e-3)
@@ -360,7 +368,8 @@ SHOWN = """
 {"conversations": [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
 | ¿ Be↵↵Hi¡[ Ho■]
 {"conversations": [{USER: "Hi"}, {BOT: "Ho"}, {USER: "Bye"}]} | ¿ Hi¡[ Ho■]
-{"instruction": "Hi", "input": "now", "chosen": "Ho", "rejected": "No"} | ¿ Hi↵↵now¡[ Ho■] ¿ Hi↵↵now¡[ No■]
+{"instruction": "Hi", "input": "now", "chosen": "Ho", "rejected": "No"}
+| ¿ Hi↵↵now¡[ Ho■] ¿ Hi↵↵now¡[ No■]
 {"prompt": "Hi", "chosen": [{USER: "Hi"}, {BOT: "Ho"}], "rejected": [{USER: "Hi"}, {BOT: "No"}]}
 | ¿ Hi¡[ Ho■] ¿ Hi¡[ No■]
 {"prompt": [{USER: "A"}, {BOT: "B"}, {USER: "C"}], "chosen": [{BOT: "B"}], "rejected": "D"}
