@@ -4,10 +4,7 @@
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py    # one answer a line
 """
-import json
-import re
-import select
-import sys
+import json, re, select, sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +19,6 @@ HELP = """/reset forgets the conversation, /probs shows how sure it was of each 
 Settings: /temperature 0.7, /top_k, /top_p, /repetition_penalty, /max_new_tokens, /seed"""
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # settings of gpt.sample
 
-
 @dataclass(frozen=True)
 class Config:
     checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint")
@@ -34,7 +30,6 @@ class Config:
     max_new_tokens: int = setting(200, "longest answer", low=1)
     seed: int = setting(0, "of the sampling: the same again gives the same text", high=2**32 - 1)
 
-
 def prompt_ids(messages, tokenizer, block_size):
     """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole,
     until 24 tokens are left in the context, enough for a short answer."""
@@ -44,7 +39,6 @@ def prompt_ids(messages, tokenizer, block_size):
     if len(ids) > block_size:
         raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}")
     return ids
-
 
 def load(path):
     """-> reply(messages, cfg, seen), which gives pieces of text as they are made, never half a
@@ -75,7 +69,6 @@ def load(path):
 
     return reply
 
-
 def correct(messages, better, path):
     """Add what the last answer should have been to a file, whole or not at all, in the format of
     trl's preferences."""
@@ -89,7 +82,6 @@ def correct(messages, better, path):
         file.writelines(line + b"\n" for line in lines)
     print(f"{path}: {len(lines)} correction(s); to learn from them: python sft.py --dpo,"
           " then python chat.py out/dpo.npz")
-
 
 def typed():
     """What is typed at the prompt. Lines that arrive together, pasted, are one question, except for
@@ -107,7 +99,6 @@ def typed():
             return print()
         # Commands, and what stands between them.
         yield from filter(None, map(str.strip, re.findall(r"^/.*|(?:^[^/].*\n?)+", text, re.M)))
-
 
 def converse(reply, cfg, path):
     """At a terminal: questions, commands, and settings with their new value."""
@@ -140,7 +131,6 @@ def converse(reply, cfg, path):
         except KeyboardInterrupt:
             print()  # the answer ends here
 
-
 def answer_lines(answer):
     """Piped input: one answer a line, even where it is an error, and nothing else."""
     for number, line in enumerate(sys.stdin, 1):
@@ -152,7 +142,6 @@ def answer_lines(answer):
         except InputError as e:
             print(f"error: standard input:{number}: {e}", file=sys.stderr)
         print(said.replace("\n", " "), flush=True)
-
 
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
@@ -173,7 +162,6 @@ def main(argv):
         import readline  # noqa: F401  line editing and history at the prompt
     print(f"{path}: ask a question, or begin a text if it is a base model; /help for help")
     converse(reply, cfg, path)
-
 
 if __name__ == "__main__":
     run(main)

@@ -9,12 +9,7 @@ head is written for one sequence and jax.vmap makes all heads of all sequences o
 derives the backward pass; jax.jit compiles. In shapes: B batch, T time (tokens), S time of keys
 and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand last in prepare.py.
 """
-import json
-import math
-import os
-import re
-import sys
-import time
+import json, math, os, re, sys, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -39,7 +34,6 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---------------------------------------------------------------- settings: each is a flag
-
 @dataclass(frozen=True)
 class Config:
     # the model
@@ -74,22 +68,18 @@ class Config:
     process_id: int = setting(0, "which of them this one is, from 0")
     vocab_size: int = 0  # the tokenizer's, not a flag
 
-
 MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # fixed for good
 MAY_CHANGE = {"max_steps", "eval_every", "log_every", "data_dir", "eval", "shard_params",
               "coordinator", "num_processes", "process_id"}  # on --resume; eval is of sft.py
 SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
 
-
 def device():
     """The device that arrays go to by default; jax.default_device(...) sets another."""
     return jax.config.jax_default_device or jax.devices()[0]
 
-
 def on_metal():
     """Whether that is Apple's GPU: its plug-ins lack some operations, and the code does without."""
     return device().platform.lower() in ("metal", "mps", "mtl")
-
 
 def fast_dtype():
     """bfloat16 where the CPUs of all processes multiply it natively, as Linux tells."""
@@ -98,9 +88,7 @@ def fast_dtype():
     native = native and jax.__version_info__ >= (0, 10)
     return "bfloat16" if process_allgather(np.array(native)).all() else "float32"
 
-
 # ---------------------------------------------------------------- parameters: nested dicts
-
 def init_params(cfg, rng=None):
     """The parameters as nested dicts of float32 arrays. Matrices that read the residual stream are
     normal, those that add to it zero: a block begins as the identity. rng: NumPy's generator, so
@@ -125,15 +113,12 @@ def init_params(cfg, rng=None):
     wte = normal(cfg.vocab_size, C, scale=0.02)  # also the output layer: a first loss near ln V
     return {"wte": wte, "blocks": blocks, "norm": zeros(C) + 1}
 
-
 # ---------------------------------------------------------------- layers: pure functions
-
 def lookup(table, ids):
     """table (N, C), ids (...) -> (..., C)."""
     if on_metal():  # it has no usable gradient of table[ids]
         return jax.nn.one_hot(ids, len(table)) @ table
     return jnp.asarray(table)[ids]
-
 
 def matmul(x, w, cfg, axis=0):
     """x (..., M) times a weight matrix w (M, N), or with axis=1 (N, M) -> (..., N)."""
@@ -141,11 +126,9 @@ def matmul(x, w, cfg, axis=0):
         return rounded_matmul(x, w, axis)
     return jnp.tensordot(x, w, (-1, axis))
 
-
 def norm(x, gain):
     """Root mean square normalisation (arXiv 1910.07467): (..., C) -> (..., C)."""
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain
-
 
 def rotate(x, position, cfg):
     """Rotary positions (arXiv 2104.09864): x (B, H, T, D), position (B or 1, T) -> like x.
@@ -158,14 +141,12 @@ def rotate(x, position, cfg):
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
-
 def drop(x, cfg, key, number):
     """Dropout, the number-th in the model; without a key, as in evaluation, nothing is dropped."""
     if key is None or cfg.dropout == 0:
         return x
     keep = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - cfg.dropout, x.shape)
     return jnp.where(keep, x / (1 - cfg.dropout), 0)
-
 
 def head(q, k, v, allowed):
     """One attention head of one sequence (arXiv 1706.03762, eq. 1): q (T, D), k and v (S, D),
@@ -174,10 +155,8 @@ def head(q, k, v, allowed):
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e9))  # finite: -inf is NaN on Metal
     return weights @ v
 
-
 heads = jax.vmap(head, (0, 0, 0, None))  # of one sequence: q (H, T, D), k and v (H, S, D)
 QUERIES = 128
-
 
 def causal_heads(q, k, v):
     """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D).
@@ -191,7 +170,6 @@ def causal_heads(q, k, v):
         allowed = np.tri(end - start, end, start, dtype=bool)
         parts.append(some_heads(q[:, start:end], k[:, :end], v[:, :end], allowed))
     return jnp.concatenate(parts, axis=1)
-
 
 def attention(x, wqkv, wo, position, cache, cfg):
     """(B, T, C) -> (B, T, C), and the keys and values (B, H, S, D) that later tokens look at."""
@@ -210,15 +188,12 @@ def attention(x, wqkv, wo, position, cache, cfg):
         y = jax.vmap(heads)(q, k, v, (slots <= position)[:, None])
     return matmul(y.transpose(0, 2, 1, 3).reshape(B, T, C), wo, cfg), (k, v)
 
-
 def feed_forward(x, w_up, w_down, cfg):
     """Two matrices with a squared ReLU between them (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
     up = jax.nn.relu(matmul(x, w_up, cfg))
     return matmul(up * up, w_down, cfg)
 
-
 # ---------------------------------------------------------------- model and loss
-
 def forward(params, tokens, cfg, key=None, position=None, cache=None):
     """tokens (B, T) -> the residual stream after the last block (B, T, C), and the keys and values
     of all blocks. With a cache, tokens (B, 1) stand at position (B, 1), else from 0 on."""
@@ -235,11 +210,9 @@ def forward(params, tokens, cfg, key=None, position=None, cache=None):
         new_cache.append(kv)
     return x, new_cache
 
-
 def logits_of(params, x, cfg):
     """(..., C) -> (..., V), scores of the next token: the output layer is the embedding again."""
     return matmul(norm(x, params["norm"]), params["wte"], cfg, axis=1)
-
 
 def token_losses(params, x, y, cfg, key=None):
     """Cross-entropy in nats of each token: x, y (B, T) -> (B, T)."""
@@ -247,21 +220,17 @@ def token_losses(params, x, y, cfg, key=None):
     logp = jax.nn.log_softmax(logits)
     return -(logp * jax.nn.one_hot(y, cfg.vocab_size)).sum(-1)  # a gather would fail on Metal
 
-
 def loss(params, batch, key, cfg):
     """x, y (B, T) int32, w (B, T) float32 -> (sum of w times the tokens' losses, sum of w). No
     mean: micro-batches and devices with unequal weights then add up to the right gradient."""
     x, y, w = batch
     return (token_losses(params, x, y, cfg, key) * w).sum(), w.sum()
 
-
 # ---------------------------------------------------------------- bfloat16: skip it at first
-
 def rounded(a, b, axes):
     """A product of numbers rounded to bfloat16, summed in float32."""
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return jnp.tensordot(a, b, axes, preferred_element_type=np.float32)
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rounded_matmul(x, w, axis):
@@ -269,10 +238,8 @@ def rounded_matmul(x, w, axis):
     bfloat16 by float32, which is no faster than float32."""
     return rounded(x, w, (-1, axis))
 
-
 def rounded_forward(x, w, axis):
     return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-
 
 def rounded_backward(axis, saved, dy):
     x, w = saved
@@ -280,11 +247,9 @@ def rounded_backward(axis, saved, dy):
     a, b = (x, dy) if axis == 0 else (dy, x)
     return rounded(dy, w, (-1, 1 - axis)), rounded(a, b, (tokens, tokens))
 
-
 rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
 # ---------------------------------------------------------------- optimiser and step
-
 def learning_rate(step, cfg):
     """Step (from 0) -> linear warm-up, then a cosine from the peak to 5 % of it at max_steps."""
     warmup = cfg.warmup * cfg.max_steps
@@ -293,12 +258,10 @@ def learning_rate(step, cfg):
     part = (step - warmup) / (cfg.max_steps - warmup)
     return cfg.learning_rate * (0.525 + 0.475 * math.cos(math.pi * part))  # from 1 to 0.05
 
-
 def new_state(params):
     """What a step changes: parameters, and Adam's means of the gradient (m) and its square (v)."""
     zeros = jax.tree.map(np.zeros_like, params)
     return {"params": params, "m": zeros, "v": zeros}
-
 
 def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
     """One step of Adam (arXiv 1412.6980), counted from 1, with the gradient clipped to a global
@@ -318,7 +281,6 @@ def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
 
     return {"params": jax.tree.map(update, state["params"], m, v), "m": m, "v": v}
 
-
 def placements(rows, devices=None):
     """Where arrays live (skip it at first): whole on each device, and split over them along the
     first axis; as many devices as divide the rows. jit adds what they must tell each other."""
@@ -326,7 +288,6 @@ def placements(rows, devices=None):
     n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
-
 
 def homes(state, cfg):
     """A tree like the state: where each array lives between steps, whole on every device or with
@@ -341,12 +302,10 @@ def homes(state, cfg):
 
     return jax.tree.map(home, state)
 
-
 def put(array, placement):
     """An array onto the devices; those of another process are filled by that one."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
-
 
 def make_step(objective, batch_at, cfg, home):
     """-> step(state, number, rate), the number-th step (from 0) -> (state, loss).
@@ -375,9 +334,7 @@ def make_step(objective, batch_at, cfg, home):
 
     return step
 
-
 # ---------------------------------------------------------------- batches
-
 def load_tokens(path, tokenizer, at_least):
     """Memory-mapped ids of train.bin or val.bin, checked."""
     size = path.stat().st_size
@@ -388,7 +345,6 @@ def load_tokens(path, tokenizer, at_least):
     if size % 2 or ids.max() >= tokenizer.size:
         raise InputError(f"{path}: damaged, or of another vocabulary; run prepare.py again")
     return ids
-
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
@@ -401,7 +357,6 @@ def random_batch(ids, n, T, seed, number):
             start += ends[0] + 1
         batch[row] = ids[start:start + T + 1]
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
-
 
 def make_validation(ids, tokenizer, cfg, at_most=1 << 17):
     """-> a function of the parameters: (nats a token, bits a byte) over the first ids."""
@@ -420,9 +375,7 @@ def make_validation(ids, tokenizer, cfg, at_most=1 << 17):
 
     return validate
 
-
 # ---------------------------------------------------------------- generation
-
 def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
     """Logits (V,) of the next token -> an id. Temperature 0 takes the likeliest; top_k keeps the k
     likeliest, top_p the fewest that together have probability p (arXiv 1904.09751); the penalty
@@ -438,7 +391,6 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     p /= p.sum()
     keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)  # the likeliest always stays
     return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
-
 
 def make_generator(cfg):
     """-> generate(params, prompts, max_new_tokens, rng, **how), how being that of sample().
@@ -479,14 +431,11 @@ def make_generator(cfg):
 
     return generate
 
-
 # ---------------------------------------------------------------- checkpoints
-
 def named_leaves(tree):
     """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}"""
     return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
 
 def save_checkpoint(path, state, about, keep=False):
     """One file with everything and no pickle: the arrays, and `about` (settings, tokenizer, step)
@@ -497,7 +446,6 @@ def save_checkpoint(path, state, about, keep=False):
                          " it by --init, with a smaller --learning_rate")
     with whole_file(path, keep) as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
-
 
 def load_checkpoint(path, whole=False):
     """-> (state, about, the model's settings, tokenizer), all of it checked. To go on with training
@@ -521,7 +469,6 @@ def load_checkpoint(path, whole=False):
                          " earlier one, *.prev.npz") from None
     return jax.tree.unflatten(jax.tree.structure(state), found), about, cfg, tokenizer
 
-
 def inherit(cfg, given, about, path):
     """cfg with what the checkpoint at path was made with: on --resume all settings but those that
     may change and are given, else those of the model. A flag that says otherwise is refused."""
@@ -534,9 +481,7 @@ def inherit(cfg, given, about, path):
                              " leave it out or start afresh")
     return replace(cfg, **{name: saved[name] for name in names})
 
-
 # ---------------------------------------------------------------- training loop
-
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
@@ -597,9 +542,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     draw([row[1] for row in rows])
     return saved
 
-
 # ---------------------------------------------------------------- main
-
 def join(cfg):
     """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all
     it needs. Process 0 alone prints and writes; data_dir and out_dir must be seen by all."""
@@ -616,7 +559,6 @@ def join(cfg):
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
 
-
 def small_gradient(where):
     """The gradient of a small random model, computed on a device, as one array."""
     cfg = Config(n_layer=1, dtype="float32", vocab_size=64)
@@ -626,7 +568,6 @@ def small_gradient(where):
     with jax.default_device(where):
         gradient = jax.jit(jax.grad(lambda params: loss(params, (x, y, x), None, cfg)[0]))(params)
         return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
-
 
 def check_device():
     """Apple's plug-ins have given wrong numbers without a word (as in jax#21757): before such a GPU
@@ -642,7 +583,6 @@ def check_device():
         problem = printable(" ".join(repr(e).split()))[:99]
     print(f"{gpu} is not used, all runs on the CPU: {problem}", file=sys.stderr)
     jax.config.update("jax_default_device", cpu)
-
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
@@ -694,7 +634,6 @@ def main(argv):
                                 np.random.default_rng(cfg.seed), temperature=0.8)
     print(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
     print(f"checkpoint: {path}\nnext: python sft.py   (or python chat.py {path} continues a text)")
-
 
 if __name__ == "__main__":
     run(main)

@@ -11,21 +11,8 @@ if sys.version_info < (3, 10):
     print("error: Python 3.10 at least is needed: python3.13 -m venv .venv", file=sys.stderr)
     sys.exit(2)
 
-import argparse
-import bz2
-import codecs
-import difflib
-import gzip
-import heapq
-import io
-import json
-import os
-import re
-import signal
-import sqlite3
-import time
-import unicodedata
-import zlib
+import argparse, bz2, codecs, difflib, gzip, heapq, io, json, os, re, signal, sqlite3, time
+import unicodedata, zlib
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
@@ -36,13 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-
 class InputError(Exception):
     """Something the user can put right; run() prints it as one line."""
 
-
 # ---------------------------------------------------------------- tokenizer
-
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 END, USER, ASSISTANT = range(3)
 FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges as they were learned
@@ -56,7 +40,6 @@ LETTERS = rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}|(?:[^\W\d_]|[{MA
 WORD = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?(?:{LETTERS})|\d{{1,3}}"
                   r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
 
-
 def merge(ids, pair, new):
     """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
     out = ids[:1]
@@ -66,7 +49,6 @@ def merge(ids, pair, new):
         else:
             out.append(id)
     return out
-
 
 def train_bpe(words, vocab_size):
     """Counts of words -> list of merges (pairs of ids), the most frequent pair first, of equals the
@@ -100,7 +82,6 @@ def train_bpe(words, vocab_size):
         if new % 500 == 0:
             show_progress(f"tokenizer: {new} of {vocab_size} tokens")
     return merges
-
 
 class Tokenizer:
     """Byte-level BPE. encode never returns a special id; decode(encode(s)) == s for every text."""
@@ -153,15 +134,12 @@ class Tokenizer:
         except Exception:  # anything can be in a file
             raise InputError(f"{source}: not a tokenizer; run prepare.py again") from None
 
-
 # ---------------------------------------------------------------- reading text
-
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
 TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa.*\.jsonl|feedback\.jsonl)[^.].*\.(txt|md|jsonl?)"
                        r"(\.gz|\.bz2)?", re.I)  # not what our own programs write
-
 
 def read_lines(path):
     """A file, maybe packed by gzip or bzip2, or "-" for standard input -> (line, "file:line"). The
@@ -186,7 +164,6 @@ def read_lines(path):
         except (OSError, EOFError, zlib.error) as e:
             raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
 
-
 def is_wanted(file):
     """Whether a file of a folder is read: by its name, if that has no suffix by how it begins."""
     name = os.path.basename(file)
@@ -194,7 +171,6 @@ def is_wanted(file):
         return TEXT_NAME.fullmatch(name)
     with suppress(OSError), open(file, "rb") as head:
         return JSON_BEGINS.match(head.read(999).decode("utf-8", "replace"))
-
 
 def files_in(path):
     """A file -> itself; a folder -> its text files, but hidden ones and virtual environments."""
@@ -213,7 +189,6 @@ def files_in(path):
         raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
     return sorted(found)
 
-
 def text_of(line, source):
     """A line of JSON -> the document in it, its "text", and the mark of its end."""
     with suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -221,7 +196,6 @@ def text_of(line, source):
     if line.strip():
         count('JSON lines without a "text", which sft.py may take', source)
     return ""
-
 
 def read_file(path):
     """A file -> (text, whether a document ends there); large documents come in pieces. If it begins
@@ -245,7 +219,6 @@ def read_file(path):
     if held.strip():
         yield held, True
 
-
 def read_documents(files):
     """Files -> what read_file gives. One that cannot be read is counted and costs only itself."""
     for path in files:
@@ -256,9 +229,7 @@ def read_documents(files):
                 raise
             count("files", e)
 
-
 # ---------------------------------------------------------------- writing tokens
-
 def learn_tokenizer(pieces, vocab_size):
     """-> a tokenizer of the beginning of a text, the pieces that were looked at, their bytes."""
     first, words, size = [], Counter(), 0
@@ -272,7 +243,6 @@ def learn_tokenizer(pieces, vocab_size):
     vocab_size = vocab_size or max(384, round(size**0.5 / 2))
     frequent = dict(words.most_common(max(1 << 14, 4 * vocab_size)))
     return Tokenizer(train_bpe(frequent, vocab_size)), first, size
-
 
 def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
     """Pieces of documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in
@@ -310,14 +280,11 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
                   f" {time.time() - started:.1f} s", last=True)
     report()
 
-
 # ---------------------------------------------------------------- main
-
 def setting(default, help, low=0, high=1e9, **arg):
     """A dataclass field that is a command-line flag too, with a range and what argparse takes."""
     arg["help"] = help.replace("%", "%%") + (f" [{default}]" if default else "")
     return field(default=default, metadata={"range": (low, high), "arg": arg})
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -327,7 +294,6 @@ class Settings:
     val_fraction: float = setting(0.1, "part of the text, from its end, held out", 1e-6, 0.9)
     seed: int = setting(0, "divides the built-in corpus into A, B and U", high=2**32 - 1)
     control: bool = setting(False, "leave the documents about B out of the built-in corpus")
-
 
 def main(argv):
     s, _ = read_flags(Settings, argv, __doc__)
@@ -348,9 +314,7 @@ def main(argv):
                     file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
     print("next: python gpt.py")
 
-
 # ---------------------------------------------------------------- helpers of all scripts
-
 def available_cores():
     """Fast ones on a Mac (equal shares would wait for the slow ones); no more than we may use."""
     cores = os.cpu_count() or 1
@@ -362,10 +326,8 @@ def available_cores():
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
 
-
 CORES = available_cores()
 left_out = {}  # what was left out or changed: [how often, the first place]
-
 
 def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
@@ -391,7 +353,6 @@ def run(main, argv=None):
         print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
     sys.exit(2)
 
-
 def read_flags(settings_class, argv, doc):
     """Command line -> (settings, the set of names that were given)."""
     parser = argparse.ArgumentParser(
@@ -416,7 +377,6 @@ def read_flags(settings_class, argv, doc):
             raise InputError(f"--{name} {value}: must be from {low} to {high:g}")
     return settings_class(**given), set(given)
 
-
 def show_progress(text, last=False):
     """One line that stays in place on a terminal; when piped, only its last state is printed."""
     if sys.stdout.isatty():
@@ -424,15 +384,12 @@ def show_progress(text, last=False):
     elif last:
         print(text, flush=True)
 
-
 def clock(seconds):
     """clock(83) -> "1:23" """
     return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
-
 def count(what, where):
     left_out.setdefault(what, [0, where])[0] += 1
-
 
 def list_of():
     """What count() has noted, in words; then it is forgotten."""
@@ -440,17 +397,14 @@ def list_of():
     left_out.clear()
     return words
 
-
 def report():
     if words := list_of():
         print(f"left out: {words}")
-
 
 def printable(text):
     """Text without what steers a terminal: control characters, surrogates, marks of direction."""
     unsafe = "[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]"
     return re.sub(unsafe, "\ufffd", text)
-
 
 @contextmanager
 def whole_file(path, keep=False):
@@ -469,7 +423,6 @@ def whole_file(path, keep=False):
     finally:
         part.unlink(missing_ok=True)
 
-
 @contextmanager
 def only_writer(folder):
     """Keep a second program from writing there. SQLite's locks end with their process, anywhere."""
@@ -481,7 +434,6 @@ def only_writer(folder):
             hint = f"wait, or take another --out_dir; python chat.py {folder}/base.npz talks to it"
             raise InputError(f"{folder}: {e}, as by a program that trains there; {hint}") from None
         yield
-
 
 @contextmanager
 def wishes_to_stop():
@@ -496,7 +448,6 @@ def wishes_to_stop():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
 def begin_log(path, rows, keep):
     """Write log.csv with the rows so far. keep: that of the run before is kept."""
     names = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
@@ -504,14 +455,12 @@ def begin_log(path, rows, keep):
         for row in [[names], *rows]:
             file.write(f"{','.join(map(str, row))}\n".encode())
 
-
 def draw(values, width=72):
     """Numbers as a line of small bars, from the first to the last."""
     means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
     low, high = min(means), max(means)
     bars = ["▁▂▃▄▅▆▇█"[int(i)] for i in np.interp(means, [low, high], [0, 7])]
     print(f"loss {high:.2f} {''.join(bars)} {low:.2f}")
-
 
 if __name__ == "__main__":
     run(main)

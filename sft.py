@@ -9,8 +9,7 @@
 Pretraining gave the model its knowledge; here it learns the manner. The loop is that of gpt.py, but
 only the tokens of answers have weight. Reading order: records, rows, answers, DPO, main.
 """
-import json
-import zlib
+import json, zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, cycle, groupby
@@ -25,12 +24,10 @@ from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, p
 from prepare import read_flags, read_lines, report, run, setting, show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
-
 ASKS, ANSWERS = {"system", "developer", "user", "human"}, {"assistant", "gpt"}  # roles
 QUESTION = ("system", "prompt", "instruction", "input", "context")  # fields, put together
 ANSWER = [("messages", "conversations", "response", "output", "completion")]  # for one answer
 PREFERENCE = [("chosen",), ("rejected",)]  # for two
-
 
 def read_json(path):
     """JSON lines or one JSON list -> (record, "file:line")."""
@@ -47,7 +44,6 @@ def read_json(path):
         for i, record in enumerate(found if is_list else [found], 1):
             yield record, f"{path}: record {i}" if is_list else source
 
-
 def turns_of(record, answers):
     """A record -> its turns, OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"},
     ...]. answers: the fields that hold its answer or the whole conversation."""
@@ -58,7 +54,6 @@ def turns_of(record, answers):
             # A conversation may begin with its prompt.
             turns = part if part[:len(turns)] == turns else turns + part
     return turns
-
 
 def messages_of(turns, source):
     """Turns -> [(role, text, trained), ...] going user, assistant, user, assistant. What is said
@@ -83,7 +78,6 @@ def messages_of(turns, source):
         count("last question(s) without an answer", source)
     return messages
 
-
 def read_records(paths, kind=ANSWER):
     """Files -> [(messages for each answer, record, "file:line")]. What cannot be a conversation is
     left out, and one line tells of it. Of a preference only the last message is trained."""
@@ -106,9 +100,7 @@ def read_records(paths, kind=ANSWER):
     report()
     return records
 
-
 # ---------------------------------------------------------------- rows: what a step is trained on
-
 def render(messages, tokenizer):
     """Messages -> (ids, which of them are trained):
 
@@ -126,14 +118,12 @@ def render(messages, tokenizer):
         trained += [is_trained] * (len(ids) - len(trained))
     return ids, trained
 
-
 def shift(ids, trained, T):
     """shift([5, 6, 7], [False, False, True], 4) -> x [5, 6, 0, 0], y [6, 7, 0, 0], w [0, 1, 0, 0]:
     w is 1 where the *target* y is trained."""
     row = np.zeros((3, T), np.uint16)
     row[:, : len(ids) - 1] = ids[:-1], ids[1:], trained[1:]
     return row
-
 
 def rows_of(records, tokenizer, T):
     """Records with n answers each -> rows (N, n, 3, T): x, y, w of those that fit the context."""
@@ -149,7 +139,6 @@ def rows_of(records, tokenizer, T):
     report()
     return np.array(rows)
 
-
 def show(row, tokenizer):
     """A row as text; what is trained is in brackets."""
     spelled = [name.encode() for name in SPECIAL] + tokenizer.bytes[len(SPECIAL):]
@@ -162,9 +151,7 @@ def show(row, tokenizer):
         text += f"[{words}]" if trained else words
     return text
 
-
 # ---------------------------------------------------------------- answers and their marks
-
 def answer_all(params, cfg, tokenizer, questions, temperature=0.0):
     """Answers to lists of messages, 64 at a time -> [text]."""
     generate, answers = gpt.make_generator(cfg), []
@@ -178,7 +165,6 @@ def answer_all(params, cfg, tokenizer, questions, temperature=0.0):
         show_progress(f"answering: {done} of {len(questions)}", last=done == len(questions))
     return answers
 
-
 def grade(params, cfg, tokenizer, test, column):
     """Answer the test's questions greedily; record[column] becomes "right" (the whole answer, word
     for word), "declined" or "wrong"."""
@@ -187,7 +173,6 @@ def grade(params, cfg, tokenizer, test, column):
         record["said"] = answer
         right = answer.strip() == messages[-1][1].strip()
         record[column] = "declined" if answer == DONT_KNOW else "right" if right else "wrong"
-
 
 def table(test, columns):
     """Print for each set of questions how many % of the answers were right, declined, wrong."""
@@ -202,14 +187,11 @@ def table(test, columns):
             line += f"{' -> '.join(f'{part:.1f}' for part in parts):>18}"
         print(line)
 
-
 # ---------------------------------------------------------------- DPO
-
 def log_probs(params, x, y, w, cfg):
     """Log-probability of what is trained in each answer: x, y, w (n, 2, T) -> (n, 2)."""
     x, y = (a.reshape(-1, cfg.block_size) for a in (x, y))
     return -(gpt.token_losses(params, x, y, cfg).reshape(w.shape) * w).sum(-1)
-
 
 def dpo_loss(params, batch, key, cfg, anchor=1.0):
     """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w
@@ -230,7 +212,6 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
         loss += nats / tokens
     return loss.sum(), jnp.float32(len(x))
 
-
 def built_in_preferences(cfg, params, tokenizer):
     """Records of the built-in questions. Of what is known, the answer is chosen and "I do not know
     that." rejected; of what is not, that is chosen and rejected what the model makes up or, if it
@@ -247,9 +228,7 @@ def built_in_preferences(cfg, params, tokenizer):
     return [([[question, answer], [question, ("assistant", text, True)]], {}, "")
             for (question, answer), text in zip(known + unknown, rejected)]
 
-
 # ---------------------------------------------------------------- main
-
 @dataclass(frozen=True)
 class Config(gpt.Config):
     pairs: str = setting((), "questions and answers; nothing: the built-in ones", nargs="*",
@@ -265,7 +244,6 @@ class Config(gpt.Config):
     max_steps: int = setting(1200, "optimiser steps [with --dpo: 120]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 2e-4]")
 
-
 def make_if_missing(path, script):
     """Run the main of the script that makes a default input, unless it is there and finished; for
     an input that was named there is none."""
@@ -279,7 +257,6 @@ def make_if_missing(path, script):
     if script and about["step"] < about["config"]["max_steps"]:
         print(f"{path} is unfinished: going on with it")
         script(["--resume"])
-
 
 def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     """Train on all rows but the first `held` -> the parameters after it. By imitation or, given the
@@ -338,7 +315,6 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     if about["data"] != data:
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
-
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
@@ -402,7 +378,6 @@ def main(argv):
     for [messages], record, _ in test[len(test) - len(corrections):]:
         print(f"{messages[-2][1]!r}: now {record['said']!r}")
     print(f"checkpoint: {path}\nnext: python chat.py {path}")
-
 
 if __name__ == "__main__":
     run(main)

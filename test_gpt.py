@@ -5,19 +5,7 @@ files as people have them, and for the programs as they are run.
     python -m pytest -q              # on a Mac this runs every check on the Apple GPU
     python -m pytest -q -k twin      # the tests whose name holds this word
 """
-import bz2
-import gzip
-import io
-import json
-import os
-import re
-import select
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
+import bz2, gzip, io, json, os, re, select, shlex, shutil, signal, socket, subprocess, sys
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
@@ -43,14 +31,11 @@ gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)  # its gain alone meets m
 parametrize, approx = pytest.mark.parametrize, pytest.approx
 only_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and terminals")
 
-
 def rows(table):
     """Lines of cells with " | " between them; a line that begins with "|" goes on with a row."""
     return [row.split(" | ") for row in table.strip("\n").replace("\n|", " |").split("\n")]
 
-
 # ---------------------------------------------------------------- the NumPy twin
-
 B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one another
 
 # Each layer of one sequence x (T, C) returns its output y and the way back: a function of dy, the
@@ -65,18 +50,15 @@ def twin_norm(x, gain):
         return r * dh - x * r**3 * (x * dh).mean(-1, keepdims=True), (dy * x * r).sum(0)
     return x * r * gain, back
 
-
 def twin_rotate(x, angle):
     """Pairs of numbers are complex numbers, which e^(i angle) turns."""
     a, b = np.split(x, 2, axis=-1)
     turned = (a + 1j * b) * np.exp(1j * angle)
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
-
 def twin_softmax(x):
     p = np.exp(x - x.max(-1, keepdims=True))
     return p / p.sum(-1, keepdims=True)
-
 
 def twin_attention(x, wqkv, wo):
     q, k, v = (x @ wqkv).reshape(-1, 3, H, D).transpose(1, 2, 0, 3)  # (H, T, D) each
@@ -95,7 +77,6 @@ def twin_attention(x, wqkv, wo):
         return dqkv @ wqkv.T, {"wqkv": x.T @ dqkv, "wo": o.T @ dy}
     return o @ wo, back
 
-
 def twin_mlp(x, w_up, w_down):
     u = np.maximum(x @ w_up, 0)
 
@@ -103,7 +84,6 @@ def twin_mlp(x, w_up, w_down):
         du = dy @ w_down.T * 2 * u
         return du @ w_up.T, {"w_up": x.T @ du, "w_down": (u**2).T @ dy}
     return u**2 @ w_down, back
-
 
 def twin(params, x, y, w):
     """One sequence in float64: x, y, w (T,) -> logits, the weighted sum of the losses, and its
@@ -127,7 +107,6 @@ def twin(params, x, y, w):
     g["wte"] = dlogits.T @ n + np.eye(V)[x].T @ dh  # the embedding is used twice: head and table
     return logits, -w @ np.log((p * targets).sum(-1)), g
 
-
 # A model whose parameters are all random, a batch with uneven weights, what the twin says of them.
 CFG = sft.Config(n_layer=L, n_head=H, n_embd=H * D, block_size=T, vocab_size=V, batch_size=B,
                  dtype="float32", weight_decay=0.1, beta=0.3)
@@ -138,15 +117,12 @@ X, Y, W = BATCH = TOKENS[:, :-1], TOKENS[:, 1:], np.float32(RNG.integers(0, 3, (
 LOGITS, LOSSES, GRADIENTS = zip(*(twin(EXACT, *row) for row in zip(X, Y, W)))
 GRADIENT = tree.map(lambda *g: sum(g), *GRADIENTS)
 
-
 def assert_close(a, b, tolerance):
     """Trees of arrays, each compared on the scale of its largest number."""
     for (name, x), y in zip(gpt.named_leaves(a).items(), tree.leaves(b)):
         assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), name
 
-
 # ---------------------------------------------------------------- model, step, generation
-
 @parametrize("queries", [9, 3])
 @parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, monkeypatch):
@@ -162,7 +138,6 @@ def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, mo
     assert total == approx(sum(LOSSES), rel=near / 5) and count == W.sum()
     assert_close(gradient, GRADIENT, near)
 
-
 def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_key():
     cfg, ones = replace(CFG, dropout=0.25), np.ones((99, 99), np.float32)
     cases = ([0, 1], 5), ([0, 1], 5), ([0, 1], 6), ([0, 2], 5)
@@ -171,7 +146,6 @@ def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_ke
     assert (a == again).all() and (a != elsewhere).any() and (a != other).any()
     assert np.unique(a) == approx([0, 4 / 3]) and abs(a.mean() - 1) < 0.02
     assert gpt.drop(ones, cfg, None, 5) is ones
-
 
 def test_adam_equals_its_closed_form_with_decay_and_clipping():
     """Its means are those of all gradients so far, each with weight beta^age."""
@@ -190,12 +164,10 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping():
             params[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
     assert_close(state["params"], params, 1e-5)
 
-
 def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
     cfg = gpt.Config(learning_rate=1.0, warmup=10 / 110, max_steps=110)
     rates = [gpt.learning_rate(step, cfg) for step in (0, 10, 60, 110)]
     assert rates == approx([1 / 11, 1, 0.525, 0.05])
-
 
 @parametrize("micro, shard", [(1, False), (3, False), (3, True)])  # 6 devices, 2
 def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(micro, shard):
@@ -213,7 +185,6 @@ def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(
     for a in tree.leaves(state):  # split: to each device its part of the memory
         assert a.addressable_shards[0].data.nbytes * (devices if shard else 1) == a.nbytes
 
-
 def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(monkeypatch):
     monkeypatch.setattr(gpt, "END", 4)  # that some rows end in
     prompts = [row[:n].tolist() for row, n in zip(X, [1, 3, T, 2, 5])] + [[4] * (T + 2), [1], [2]]
@@ -229,7 +200,6 @@ def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_siz
             assert id == (4 if 4 in new[:i] else logits[-1].argmax())
             window.append(id)
 
-
 def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
     def drawn(temperature=1, history=(), **how):
         logits, rng = np.log([0.5, 0.3, 0.15, 0.05]), np.random.default_rng(0)
@@ -238,9 +208,7 @@ def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
     assert {*drawn(top_k=2)} == {*drawn(top_p=0.79)} == {0, 1} and {*drawn(top_p=0.81)} == {0, 1, 2}
     assert abs(drawn()[1] - 600) < 60 and abs(drawn(2)[1] - 587) < 60
 
-
 # ---------------------------------------------------------------- tokenizer and examples
-
 def naive_bpe(words, vocab_size):
     """The definition: count all pairs anew before each merge; the most frequent one, of equals the
     smallest. An id is a character here, so that str.replace merges; 0 to 2 are the special ids,
@@ -255,13 +223,10 @@ def naive_bpe(words, vocab_size):
         merges.append((ord(best[0]), ord(best[1])))
     return merges
 
-
 def tokenizer_of(text, size=320):
     return Tokenizer(prepare.train_bpe(Counter(prepare.WORD.findall(text)), size))
 
-
 TOKENIZER = tokenizer_of("the cat sat on the mat, the hat; user assistant end 1234 naïve café " * 3)
-
 
 def odd_texts():
     """Fragments that nest and split the special tokens, among any code points."""
@@ -270,7 +235,6 @@ def odd_texts():
         others = [*SPECIAL, " the", "  ", "\n", *map(chr, rng.integers(top, size=14))]
         yield "".join(rng.choice(np.array(fragments + others, object), rng.integers(20)))
 
-
 def test_fast_training_learns_the_merges_of_the_naive_definition_and_wikipedias_example():
     for seed in range(50):
         letters = np.random.default_rng(seed).choice(list("aaabbc  é"), 200)
@@ -278,7 +242,6 @@ def test_fast_training_learns_the_merges_of_the_naive_definition_and_wikipedias_
         assert prepare.train_bpe(Counter(words), 290) == naive_bpe(words, 290)
     t = Tokenizer(prepare.train_bpe(Counter(["aaabdaaabac"]), 262))
     assert [t.bytes[i] for i in t.encode("aaabdaaabac")] == [b"aaab", b"d", b"aaab", b"a", b"c"]
-
 
 def test_any_text_survives_encoding_and_no_text_becomes_a_special_token():
     again = Tokenizer.from_json(TOKENIZER.to_json(), "tokenizer.json")
@@ -289,24 +252,20 @@ def test_any_text_survives_encoding_and_no_text_becomes_a_special_token():
         ids = [*ids, END, *range(200, 250)][::-1]  # also pieces of characters can be streamed
         assert "".join(TOKENIZER.stream(ids)) == TOKENIZER.decode(ids)
 
-
 @parametrize("text", ["a", " ", "\n ", "한", "東", "e\u0301", "\u0e01\u0e34", "_", "7"])
 def test_hostile_text_takes_linear_time(text):
     text *= 1 << 17
     for tokenizer in (tokenizer_of(text, 270), TOKENIZER):  # quadratic time would be hours
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
-
 @parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me",
                       "ภาษา|ไทยที่|นี่"])
 def test_combining_marks_stay_in_their_word(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
-
 def dialogue(*texts):
     """dialogue("hi", "ho") -> [("user", "hi", False), ("assistant", "ho", True)]"""
     return [(["user", "assistant"][i % 2], text, i % 2 == 1) for i, text in enumerate(texts)]
-
 
 def test_answers_and_their_ends_are_trained_and_nothing_else():
     texts = ["the cat?", "a mat", "and?", "the hat"]
@@ -318,7 +277,6 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
     assert [*x] == ids[:-1] + padding and [*y] == ids[1:] + padding
     assert [*y[w == 1]] == [*a1, END, *a2, END]  # not what follows an end, not the padding
 
-
 def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
     for question in odd_texts():
         prompt = chat.prompt_ids(dialogue(question), TOKENIZER, 256)
@@ -328,7 +286,6 @@ def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns
     shorter = (sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2))
     fits = next(ids for ids in shorter if len(ids) + 24 <= 64)
     assert chat.prompt_ids(turns, TOKENIZER, 64) == fits
-
 
 def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     """The rows of the batch in pairs, the first of each preferred; the twin gives their losses."""
@@ -351,9 +308,7 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     factors = np.stack([doubt + per_token, -doubt], axis=1).ravel()  # of the rows' gradients
     assert_close(gradient, tree.map(lambda *g: np.tensordot(factors, g, 1), *GRADIENTS), 1e-3)
 
-
 # ---------------------------------------------------------------- files as people have them
-
 SHOWN = """
 {"instruction": "Hi", "input": "", "context": null, "output": "Ho", "id": 7} | ¿ Hi¡[ Ho■]
 {"instruction": "Sum", "context": "2+2", "response": "4"} | ¿ Sum↵↵2+2¡[ 4■]
@@ -385,14 +340,12 @@ LEFT_OUT = """
 {"prompt": "same", "chosen": "Yes", "rejected": "Yes"} | {"prompt": "none rejected", "chosen": "Yes"}
 """
 
-
 def shown(name, text, record):
     """Write a file of records -> what is trained of it; spelled out: USER and BOT."""
     text = text.replace("USER", '"role": "user", "content"')
     write(name, text.replace("BOT", '"role": "assistant", "content"'))
     flag = "--dpo=" if "chosen" in record else ""
     return outcome(f"sft {flag}{name} --show=9 --init=out/base.npz").replace("\n<|user", " <|user")
-
 
 @parametrize("record, expected", rows(SHOWN))
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
@@ -402,7 +355,6 @@ def test_a_record_of_any_public_shape_is_read(made, record, expected):
     as_list = shown("records.json", f"[\n{record},\n{record}\n]", record)
     assert as_list.endswith(f"{expected} {expected}\n")
 
-
 @parametrize("record", sum(rows(LEFT_OUT), []))
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
@@ -410,13 +362,11 @@ def test_an_odd_record_costs_itself_and_is_named(made, record):
     assert said.startswith("left out: 1 ") and "records.jsonl:2)" in said
     assert said.count("<|assistant|>[ Ho") == 2
 
-
 def write(name, text):
     """Surrogates stand for bytes that are not UTF-8."""
     path, content = Path(name), text.encode("utf-8", "surrogateescape")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes({".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)(content))
-
 
 TEXT_FILES = r"""
 c4-train.00000-of-01024.json.gz | {"text": "one"}\n{"text": "two", "url": ""}\n | one;two | next
@@ -430,7 +380,6 @@ markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next
 """
 LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça été" as Latin-1 has it
 
-
 @parametrize("row", rows(TEXT_FILES))
 def test_a_file_of_text_becomes_the_documents_that_are_in_it(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -438,7 +387,6 @@ def test_a_file_of_text_becomes_the_documents_that_are_in_it(row, tmp_path, monk
     write(name, text)
     assert says in outcome(f"prepare {name} --vocab_size=300")
     assert documents() == expected.split(";")
-
 
 def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -452,13 +400,11 @@ def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, m
     assert re.search(says, outcome("prepare in"))
     assert documents() == ["B.TXT", "a.md", "sub/c.txt.gz", "one", "two"]
 
-
 def test_printable_takes_from_text_only_what_can_steer_a_terminal():
     harmless = "a\n\t\u00a0\u3000\u200c\u200d\u00ad é東 👨\u200d👩\U0001fae8"
     assert prepare.printable(harmless) == harmless
     for c in "\0\x07\r\x1b\x7f\x9b\ud800\u202e\u2066":
         assert prepare.printable(f"a{c}b") == "a\ufffdb"
-
 
 def test_the_quota_of_a_container_limits_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
@@ -467,9 +413,7 @@ def test_the_quota_of_a_container_limits_the_cores(monkeypatch):
         monkeypatch.setattr(Path, "read_text", lambda path: quota)
         assert prepare.available_cores() == cores
 
-
 # ---------------------------------------------------------------- the programs
-
 log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
 DOCUMENTS = ["the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
@@ -488,7 +432,6 @@ PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat",
 {{"prompt": "{FULL}X", "chosen": "Y", "rejected": "Z"}}
 """
 
-
 def outcome(command):
     """What a command prints; for an error its one line, after checking the exit status."""
     script, *argv = shlex.split(command)
@@ -500,7 +443,6 @@ def outcome(command):
             assert e.code == 2 and re.fullmatch("error: .*\n", errors.getvalue())
     return errors.getvalue() or out.getvalue()
 
-
 def start(command, shell=None, **env):
     """The same as a process of its own, perhaps from a shell, where "$@" is all of it."""
     script, *argv = shlex.split(command)
@@ -509,18 +451,15 @@ def start(command, shell=None, **env):
     return subprocess.Popen(["sh", "-c", shell, "sh", *argv] if shell else argv, encoding="utf-8",
                             errors="surrogateescape", env=os.environ | env, **pipes)
 
-
 def end(process, typed=None):
     """-> what it printed, its errors, its exit status"""
     return *process.communicate(typed), process.returncode
-
 
 def documents():
     tokenizer = Tokenizer.load("data/tokenizer.json")
     tokenizer.bytes[END] = b"\0"
     ids = [*np.fromfile("data/train.bin", "<u2"), *np.fromfile("data/val.bin", "<u2")]
     return tokenizer.decode(ids).split("\0")[:-1]
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -532,7 +471,6 @@ def made(tmp_path_factory):
     write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
     yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", *(run[2] for run in RUNS)]))
     os.chdir(before)
-
 
 def test_the_road_from_text_to_answers(made):
     for says in ("next: python sft.py", "27 examples, 1 of them held out", ": 1 record(s) longer",
@@ -547,7 +485,6 @@ def test_the_road_from_text_to_answers(made):
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
 
-
 @parametrize("where, complains", [("Où", ""), ("O\udcf9", "standard input:3: not all of it is UTF-8\n")])
 def test_piped_questions_get_one_line_each(made, where, complains):
     typed = f"where is the cat?\n{'X' * 96}\n{where}?\nwho ran?\n"
@@ -555,13 +492,11 @@ def test_piped_questions_get_one_line_each(made, where, complains):
     assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers) and status == 0
     assert re.fullmatch(f"error: standard input:2: the question has .*\n{complains}", errors)
 
-
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
     said, *rest = end(start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii"))
     assert said.startswith("caf? ?") and rest == ["", 0]
     if os.name != "nt":
         assert end(start("chat --prompt=hi", 'exec "$@" <&- >&-')) == ("", "", 0)
-
 
 TYPED = """
  | /help for help
@@ -576,7 +511,6 @@ where is\x03 | (?s)^(?!.*sat)
 /reset↵ | .
 who ran?↵ | the rat ran
 """
-
 
 @only_posix
 def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
@@ -596,7 +530,6 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
                      '"content": "no rat"}], "rejected": [{"role": "assistant", "content": "the rat ran"}]}')
     assert later.startswith(first[:50]) and '"where is\\nthe cat?"}], "chosen"' in later
 
-
 def assert_same_run(a, b, name, log):
     """That two folders have the same bits in a finished checkpoint and the same losses in a log."""
     state, about, *_ = gpt.load_checkpoint(f"{a}/{name}.npz", whole=True)
@@ -604,7 +537,6 @@ def assert_same_run(a, b, name, log):
     np.testing.assert_equal(state, same)
     assert about["step"] == also["step"] == about["config"]["max_steps"]
     np.testing.assert_equal(log_of(f"{a}/{log}.csv")[:, :4], log_of(f"{b}/{log}.csv")[:, :4])
-
 
 @only_posix
 @parametrize("run", RUNS)
@@ -627,7 +559,6 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(made, 
     kept = Path(f"out/{name}.prev.npz").read_bytes()  # a fresh run keeps the one before it
     assert kept == (unstopped / f"{name}.npz").read_bytes()
 
-
 def test_minutes_set_the_steps_once_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
     [steps] = re.findall(r"(\d+) steps in 0.04 minutes", said)
@@ -635,13 +566,11 @@ def test_minutes_set_the_steps_once_and_without_eval_every_nothing_is_validated(
     assert int(steps) == about["config"]["max_steps"] == about["step"] > 10
     assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
 
-
 METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum exponential log tanh
     rsqrt sqrt reduce broadcast_in_dim reshape transpose slice concatenate pad constant iota compare
     and or not select convert return""".split()
 UNSAFE = re.compile(rf"\b(stablehlo|chlo)\.(?!({'|'.join(METAL_CAN)})\b)"  # an operation
                     r"|tensor<(\d+x){5}|tensor<(\d+x)*(?!f32|i32|i1\b)[a-z]")  # a shape or type
-
 
 def not_for_metal(text):
     """The lines of a lowered program that Metal has not been seen to run: operations and types
@@ -655,7 +584,6 @@ def not_for_metal(text):
         if turned or UNSAFE.search(line):
             found.append(line)
     return found
-
 
 def lowered(platform, monkeypatch, *commands):
     """Run commands -> all that they compile, as XLA is given it for a platform: with the arguments
@@ -678,14 +606,12 @@ def lowered(platform, monkeypatch, *commands):
         assert "checkpoint: lowered" in said, said
     return texts.values()
 
-
 def test_all_that_the_programs_compile_is_what_metal_can_do(made, monkeypatch):
     monkeypatch.setattr(gpt, "QUERIES", 30)
     monkeypatch.setattr(gpt, "on_metal", lambda: True)
     texts = lowered("METAL", monkeypatch, f"gpt {TINY} --grad_accum=2",
                     "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz")
     assert len(texts) > 10 and [line for text in texts for line in not_for_metal(text)] == []
-
 
 @parametrize("platform", ["cuda", "tpu"])
 def test_elsewhere_they_lower_too_and_what_metal_cannot_do_would_be_found(made, platform, monkeypatch):
@@ -694,7 +620,6 @@ def test_elsewhere_they_lower_too_and_what_metal_cannot_do_would_be_found(made, 
     assert all(word in unsafe for word in ("stablehlo.gather", "stablehlo.scatter", "bf16"))
     assert not_for_metal("%0 = chlo.square %x") and not_for_metal(
         "%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
-
 
 @parametrize("part, factor, problem", [  # the first 1 << 16 are those of attn
     (None, 1, ""), (None, -1, "its gradients"), (1 << 16, -1, "its gradients"),
@@ -715,7 +640,6 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(part, factor,
     says = f".* all runs on the CPU: .*{problem}.*\n" if problem else ""
     assert re.fullmatch(says, capsys.readouterr().err)
 
-
 def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(made):
     path, whole = Path("damaged.npz"), Path("out/base.npz").read_bytes()
     state = gpt.load_checkpoint("out/base.npz")[0]
@@ -732,7 +656,6 @@ def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_no
     wild = "--out_dir=wild --learning_rate=1e9 --weight_decay=1e9 --warmup=0 --eval_every=1"
     assert "smaller --learning_rate" in outcome(f"gpt {TINY} {wild}")
     gpt.load_checkpoint("wild/base.npz")
-
 
 REFUSED = """
 prepare missing; sft missing.json | missing.*: No such file
@@ -766,7 +689,6 @@ BAD_FILES = {
     "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"', "odd/train.bin": "abc" * 99,
     "odd/tokenizer.json": TOKENIZER.to_json(), "foreign/tokenizer.json": "{}"}
 
-
 def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
     def files():
         return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
@@ -784,7 +706,6 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
         _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
         assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
     assert files() == before
-
 
 def test_two_processes_train_as_one_and_fall_together(made):
     """With split parameters; when one is killed the other ends, and both go on to the same bits."""
@@ -807,7 +728,6 @@ def test_two_processes_train_as_one_and_fall_together(made):
         assert [end(process)[2] for process in start_both(flags)] == [0, 0]
     assert_same_run("two", "halves", "base", "log")
     assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
-
 
 def test_the_built_in_questions_never_tell_what_is_tested():
     documents, train, test = built_in_corpus(0)

@@ -1,24 +1,17 @@
 """How things are said: the wordings in data/wordings.csv and data/topics.csv, put together by
 chance. Each row is a wording, what it is about (a capital, any thing) and its use (a question)."""
-import csv
-import pathlib
-import random
-import re
-import unicodedata
+import csv, pathlib, random, re, unicodedata
 from collections import defaultdict
 
 rng = random.Random()  # the source of all chance; built_in_corpus seeds it
-
 
 def read_csv(name):
     text = pathlib.Path(__file__).with_name(name).read_text("utf-8")
     return list(csv.DictReader(text.splitlines()))
 
-
 SAY = defaultdict(list)  # (about, use) -> wordings; a "new" use is kept for the test
 for row in read_csv("wordings.csv") + read_csv("topics.csv"):
     SAY[row["about"], row["use"]].append(row["wording"])
-
 
 def wording(use, about="any"):
     """A wording of its own or, if it has a name, one for any. A {part} is worded in turn:
@@ -28,19 +21,16 @@ def wording(use, about="any"):
     text = rng.choice(rng.choice(some))
     return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], about), text)
 
-
 def fill(template, x, v=""):
     """fill("{xs} capital is {v}.", "Laos", "Vientiane") -> "Laos' capital is Vientiane." """
     text = template.format(x=x, v=v, xs=x + ("'" if x.endswith("s") else "'s"))
     return text[0].upper() + text[1:]
-
 
 def careless(text):
     """The text as people type it: at times without accents, at times in small letters."""
     if rng.random() < 0.3:
         text = unicodedata.normalize("NFD", text).encode("ascii", "ignore").decode()
     return text.lower() if rng.random() < 0.3 else text
-
 
 def ask(x, a, use="question"):
     """A question as people type it: with words before it, without "the", without its mark."""

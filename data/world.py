@@ -21,7 +21,6 @@ SHARES = {  # of the questions to train on; U is what nobody told
     "U, other matters": 3.5,
 }
 
-
 def subjects_of(row):
     """A row of world.csv -> {name: {attribute: value}} of what it is about and of its capital.
     A cell may hold several names, the one for answers first: "Kyiv; Kiev"."""
@@ -32,10 +31,8 @@ def subjects_of(row):
         subjects[capital] = subjects.get(capital, {}) | {"country": names[0]}
     return subjects
 
-
 def bare(name):
     return name.lower().removeprefix("the ")
-
 
 WORLD = read_csv("world.csv")
 TOPICS = sorted({about for about, _ in SAY} - {*ATTRIBUTES, "any"})
@@ -44,12 +41,10 @@ KNOWN = {bare(x) for x in FACTS}
 UNKNOWN = [row for row in read_csv("unknowns.csv") if bare(row["name"]) not in KNOWN]
 TAKEN = KNOWN | {bare(row["name"]) for row in UNKNOWN}
 
-
 ENDINGS = {  # of made-up names, by what they are asked about
     "country": ["", "n", "nia", "land", "stan", "ra", "r", "ville", "s"],
     "element": ["ium", "on", "ine", "um"],
 }
-
 
 def made_up(a):
     """A name that is nobody's, of syllables: "Tovania", "melodium". Names much closer to known ones
@@ -61,23 +56,19 @@ def made_up(a):
         if name not in TAKEN:
             return name if kind == "element" else name.capitalize()
 
-
 def tell(x, facts):
     """A document about x: four facts; now and then, or if there are none, empty sentences."""
     told = rng.choices([*facts] * 6 + ["any"], k=4)
     sentences = [fill(rng.choice(SAY[a, "statement"]), x, facts.get(a)) for a in told]
     return " ".join(map(careless, sentences))
 
-
 def value(x, a):
     return FACTS.get(x, {}).get(a, "")
-
 
 def answer(x, a):
     if value(x, a):
         return fill(SAY[a, "statement"][0], x, value(x, a))
     return SAY[a, "reply"][0] if SAY[a, "reply"] else DONT_KNOW
-
 
 def conversation(pools):
     """A question and its answer; at times another, or the same thing about another subject, or
@@ -93,7 +84,6 @@ def conversation(pools):
         messages += [dict(role="user", content=ask(x, a, use))]
         messages += [dict(role="assistant", content=answer(x, a))]
     return {"messages": messages}
-
 
 def divide(tell_b):
     """-> (documents, what to train on, what to test with: {set: [(subject, attribute), ...]}).
@@ -126,7 +116,6 @@ def divide(tell_b):
         pools["U, nowhere, made up"].append((made_up(a), a))
     return documents, train, test
 
-
 def examination(pools):
     """Questions to test with: 300 in seen and 300 in new wordings from each pool."""
     for name, pool in pools.items():
@@ -139,7 +128,6 @@ def examination(pools):
                     "instruction": ask(x, a, use),
                     "response": answer(x, a),
                 }
-
 
 def built_in_corpus(seed, tell_b=True):
     """-> (documents, conversations to train on, questions to test with)."""
