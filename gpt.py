@@ -82,7 +82,8 @@ def on_metal():
     return device().platform.lower() in ("metal", "mps", "mtl")
 
 def fast_dtype():
-    """bfloat16 where the CPUs of all processes multiply it natively, as Linux tells."""
+    """bfloat16 where the CPU multiplies it natively, as Linux tells; on several hosts (see join)
+    where all of them do."""
     cpu = Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
     native = native and jax.__version_info__ >= (0, 10)
@@ -90,9 +91,9 @@ def fast_dtype():
 
 # ---------------------------------------------------------------- parameters: nested dicts
 def init_params(cfg, rng=None):
-    """The parameters as nested dicts of float32 arrays. Matrices that read the residual stream are
-    normal, those that add to it zero: a block begins as the identity. rng: NumPy's generator, so
-    that all versions of JAX begin alike; without one all matrices are zero."""
+    """The parameters as nested dicts of float32 arrays. Matrices that read the residual stream (x
+    in forward) are normal, those that add to it zero: a block begins as the identity. rng: NumPy's
+    generator, so that all versions of JAX begin alike; without one all matrices are zero."""
     C = cfg.n_embd
 
     def normal(*shape, scale=0.5 / math.sqrt(C)):
@@ -110,7 +111,8 @@ def init_params(cfg, rng=None):
         }
 
     blocks = [block() for _ in range(cfg.n_layer)]
-    wte = normal(cfg.vocab_size, C, scale=0.02)  # also the output layer: a first loss near ln V
+    # The token embedding. It is the output layer too: small numbers give a first loss near ln V.
+    wte = normal(cfg.vocab_size, C, scale=0.02)
     return {"wte": wte, "blocks": blocks, "norm": zeros(C) + 1}
 
 # ---------------------------------------------------------------- layers: pure functions
@@ -118,10 +120,11 @@ def lookup(table, ids):
     """table (N, C), ids (...) -> (..., C)."""
     if on_metal():  # it has no usable gradient of table[ids]
         return jax.nn.one_hot(ids, len(table)) @ table
-    return jnp.asarray(table)[ids]
+    return table[ids]
 
 def matmul(x, w, cfg, axis=0):
-    """x (..., M) times a weight matrix w (M, N), or with axis=1 (N, M) -> (..., N)."""
+    """x (..., M) times a weight matrix w (M, N) -> (..., N). With axis=1, as where the embedding is
+    the output layer, w is (N, M)."""
     if cfg.dtype == "bfloat16" and not on_metal():
         return rounded_matmul(x, w, axis)
     return jnp.tensordot(x, w, (-1, axis))
@@ -136,7 +139,7 @@ def rotate(x, position, cfg):
     the first pair by 1 for each position, the last by hardly anything."""
     half = x.shape[-1] // 2
     angle = np.arange(cfg.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
-    table = np.float32(np.concatenate([np.cos(angle), np.sin(angle)], axis=1))
+    table = jnp.float32(np.concatenate([np.cos(angle), np.sin(angle)], axis=1))
     cos, sin = jnp.split(lookup(table, position)[:, None], 2, axis=-1)  # (B or 1, 1, T, D/2)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
@@ -163,11 +166,12 @@ def causal_heads(q, k, v):
     128 queries at a time, with the keys up to the last of them: half the work where T is large.
     With jax.checkpoint jax.grad computes the attention weights again instead of keeping them."""
     T = q.shape[1]
-    some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())  # Metal has no barrier for it
+    # XLA must not merge the second computation with the first; Metal lacks the barrier for that.
+    some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())
     parts = []
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
-        allowed = np.tri(end - start, end, start, dtype=bool)
+        allowed = np.tri(end - start, end, start, dtype=bool)  # query start + i: keys to start + i
         parts.append(some_heads(q[:, start:end], k[:, :end], v[:, :end], allowed))
     return jnp.concatenate(parts, axis=1)
 
@@ -180,12 +184,15 @@ def attention(x, wqkv, wo, position, cache, cfg):
     k = rotate(k, position, cfg)
     if cache is None:
         y = jax.vmap(causal_heads)(q, k, v)
-    else:  # one new token a sequence: its key and value take their place among the old ones
+    else:
+        # One new token a sequence. The cache has a slot for each of the S = block_size positions:
+        # key and value of the token go into its own, and it sees those up to there.
         slots = np.arange(cfg.block_size)[None]
-        here = (slots == position)[:, None, :, None]
+        here = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
         k = jnp.where(here, k, cache[0])
         v = jnp.where(here, v, cache[1])
-        y = jax.vmap(heads)(q, k, v, (slots <= position)[:, None])
+        allowed = (slots <= position)[:, None]  # (B, 1, S)
+        y = jax.vmap(heads)(q, k, v, allowed)
     return matmul(y.transpose(0, 2, 1, 3).reshape(B, T, C), wo, cfg), (k, v)
 
 def feed_forward(x, w_up, w_down, cfg):
@@ -221,8 +228,9 @@ def token_losses(params, x, y, cfg, key=None):
     return -(logp * jax.nn.one_hot(y, cfg.vocab_size)).sum(-1)  # a gather would fail on Metal
 
 def loss(params, batch, key, cfg):
-    """x, y (B, T) int32, w (B, T) float32 -> (sum of w times the tokens' losses, sum of w). No
-    mean: micro-batches and devices with unequal weights then add up to the right gradient."""
+    """x, y (B, T) int32, w (B, T) float32 -> (sum of w times the tokens' losses, sum of w). w is 1
+    for a token that counts; in fine-tuning only those of answers do. No mean: micro-batches and
+    devices with unequal numbers of them then add up to the right gradient."""
     x, y, w = batch
     return (token_losses(params, x, y, cfg, key) * w).sum(), w.sum()
 
@@ -263,17 +271,17 @@ def new_state(params):
     zeros = jax.tree.map(np.zeros_like, params)
     return {"params": params, "m": zeros, "v": zeros}
 
-def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
-    """One step of Adam (arXiv 1412.6980), counted from 1, with the gradient clipped to a global
-    norm and with decoupled weight decay of matrices (arXiv 1711.05101)."""
+def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
+    """Step t (from 1, as in the paper) of Adam (arXiv 1412.6980), with the gradient clipped to a
+    global norm and with decoupled weight decay of matrices (arXiv 1711.05101)."""
     length = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
     scale = jnp.minimum(1, (cfg.grad_clip or math.inf) / (length + 1e-6))
     grads = jax.tree.map(lambda g: g * scale, grads)
     m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state["m"], grads)
     v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state["v"], grads)
-    # Both means began at zero and are too small by 1 - beta^step (in this form for Metal's sake).
-    correct1 = 1 - jnp.exp(step * math.log(beta1))
-    correct2 = 1 - jnp.exp(step * math.log(beta2))
+    # Both means began at zero and are too small by 1 - beta^t (in this form for Metal's sake).
+    correct1 = 1 - jnp.exp(t * math.log(beta1))
+    correct2 = 1 - jnp.exp(t * math.log(beta2))
 
     def update(p, m, v):
         decay = cfg.weight_decay * p if p.ndim > 1 else 0
@@ -282,52 +290,53 @@ def adam(state, grads, step, rate, cfg, beta1=0.9, beta2=0.99):
     return {"params": jax.tree.map(update, state["params"], m, v), "m": m, "v": v}
 
 def placements(rows, devices=None):
-    """Where arrays live (skip it at first): whole on each device, and split over them along the
-    first axis; as many devices as divide the rows. jit adds what they must tell each other."""
-    devices = devices or jax.devices(device().client)
+    """Where arrays live, -> (whole, split): a copy on each device, or divided among them along the
+    first axis. As many devices as divide the rows. jit adds what they must tell each other. With
+    one device both are the same, so skip it at first."""
+    devices = devices or jax.devices(device().client)  # all of the default one's kind
     n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
-def homes(state, cfg):
+def placements_of(state, cfg):
     """A tree like the state: where each array lives between steps, whole on every device or with
     --shard_params split along the first axis that they divide (ZeRO, arXiv 1910.02054)."""
     whole, _ = placements(cfg.batch_size)
 
-    def home(array):
+    def placement(array):
         for axis, size in enumerate(array.shape):
             if cfg.shard_params and size % whole.mesh.size == 0:
                 return NamedSharding(whole.mesh, PartitionSpec(*[None] * axis, "data"))
         return whole
 
-    return jax.tree.map(home, state)
+    return jax.tree.map(placement, state)
 
 def put(array, placement):
     """An array onto the devices; those of another process are filled by that one."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
 
-def make_step(objective, batch_at, cfg, home):
+def make_step(objective, batch_at, cfg, placed):
     """-> step(state, number, rate), the number-th step (from 0) -> (state, loss).
-    objective(params, batch, key) -> (sum, count) of a micro-batch, which batch_at(number) gives;
-    home: where the state lives. Micro-batches are added up, then divided once."""
+    objective(params, batch, key) -> (sum, count) of a micro-batch; batch_at(n) gives the n-th of
+    the run; placed: where the state lives. Micro-batches are added up, then divided once."""
     whole, split = placements(cfg.batch_size)
     gradient = jax.jit(jax.value_and_grad(objective, has_aux=True),
-                       out_shardings=((whole, whole), home["params"]))
+                       out_shardings=((whole, whole), placed["params"]))
 
-    @partial(jax.jit, out_shardings=(home, whole),
-                       donate_argnums=() if on_metal() else 0)
-    def update(state, sums, number, rate):
+    @partial(jax.jit, out_shardings=(placed, whole), donate_argnums=() if on_metal() else 0)
+    def update(state, sums, t, rate):
         (total, count), grads = sums
         count = jnp.maximum(count, 1)
         mean = jax.tree.map(lambda g: g / count, grads)
-        return adam(state, mean, number, rate, cfg), total / count
+        return adam(state, mean, t, rate, cfg), total / count
 
     def step(state, number, rate):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
             batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
-            new = gradient(state["params"], batch, np.array([cfg.seed, n], np.uint32))  # a key
+            key = np.array([cfg.seed, n], np.uint32)
+            new = gradient(state["params"], batch, key)  # ((sum, count), gradients)
             jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
             sums = jax.tree.map(jnp.add, sums, new) if sums else new
         return update(state, sums, np.float32(number + 1), np.float32(rate))
@@ -336,7 +345,7 @@ def make_step(objective, batch_at, cfg, home):
 
 # ---------------------------------------------------------------- batches
 def load_tokens(path, tokenizer, at_least):
-    """Memory-mapped ids of train.bin or val.bin, checked."""
+    """Memory-mapped ids of train.bin or val.bin, two bytes each, checked."""
     size = path.stat().st_size
     if size < 2 * at_least:
         raise InputError(f"{path}: {size // 2} tokens, {at_least} needed;"
@@ -348,7 +357,8 @@ def load_tokens(path, tokenizer, at_least):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins with a document, if one begins within T."""
+    that a resumed run sees the same. A row begins with a document, if one begins within T, or its
+    first tokens would lack what they follow from. Documents in one row do see each other."""
     batch = np.empty((n, T + 1), np.int32)
     starts = np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)
     for row, start in enumerate(starts):
@@ -358,20 +368,20 @@ def random_batch(ids, n, T, seed, number):
         batch[row] = ids[start:start + T + 1]
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
-def make_validation(ids, tokenizer, cfg, at_most=1 << 17):
-    """-> a function of the parameters: (nats a token, bits a byte) over the first ids."""
+def make_validation(ids, tokenizer, cfg):
+    """-> a function of the parameters: (nats a token, bits a byte) over the first 131,072 ids."""
     n, T = 4 * cfg.batch_size, cfg.block_size
     whole, split = placements(cfg.batch_size)
-    ids = np.array(ids[:at_most + 1], np.int32)
-    tokens, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])
-    shape = (-(-tokens // (n * T)), n, T)  # whole batches, the last filled up from the beginning
+    ids = np.array(ids[:131073], np.int32)
+    count, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])
+    shape = (-(-count // (n * T)), n, T)  # whole batches, the last filled up from the beginning
     x, y = np.resize(ids[:-1], shape), np.resize(ids[1:], shape)
     losses = jax.jit(partial(token_losses, cfg=cfg), out_shardings=whole)
 
     def validate(params):
         nats = [np.asarray(losses(params, put(a, split), put(b, split))) for a, b in zip(x, y)]
-        total = np.sum(np.ravel(nats)[:tokens], dtype=float)
-        return total / tokens, total / math.log(2) / max(1, size)
+        total = np.sum(np.ravel(nats)[:count], dtype=float)
+        return total / count, total / math.log(2) / max(1, size)
 
     return validate
 
@@ -389,7 +399,8 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     order = np.argsort(-logits, kind="stable")[: top_k or None]
     p = np.exp((logits[order] - logits[order[0]]) / temperature)
     p /= p.sum()
-    keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)  # the likeliest always stays
+    # A token stays while those before it have less than top_p, but for rounding.
+    keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)
     return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
 
 def make_generator(cfg):
@@ -404,19 +415,21 @@ def make_generator(cfg):
     def after(params, tokens, at, cache):
         """Padded tokens (B, T) from position 0, or with a cache the newest alone (B, 1) -> logits
         (B, V) of what follows position at (B,), and the cache."""
-        last = at if cache is None else 0 * at
+        last = at if cache is None else 0 * at  # index of each row's last token
         x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
-        x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]
+        x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]  # x[row, last], as Metal can
         return logits_of(params, x.sum(1), cfg), cache
 
     def generate(params, prompts, max_new_tokens, rng, **how):
-        rows, new, cache = [list(p[-T:]) for p in prompts], [None] * len(prompts), None
+        rows, cache = [list(p[-T:]) for p in prompts], None
+        new = [None] * len(rows)
         whole, split = placements(len(rows), jax.local_devices(backend=device().client))
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
             tokens = [row[-1:] for row in rows]
             if cache is None or max(map(len, rows)) > T:
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
+                # What this padding leaves in the cache is overwritten before it is looked at.
                 tokens, cache = [row + [END] * (T - len(row)) for row in rows], None
             at = np.array([len(row) - 1 for row in rows], np.int32)
             tokens = put(np.array(tokens, np.int32), split)
@@ -473,7 +486,7 @@ def inherit(cfg, given, about, path):
     """cfg with what the checkpoint at path was made with: on --resume all settings but those that
     may change and are given, else those of the model. A flag that says otherwise is refused."""
     saved, names = about["config"], MODEL
-    if cfg.resume:
+    if cfg.resume:  # all that was saved, but what was given and may change
         names = saved.keys() - (MAY_CHANGE & given) - {"resume", "out_dir"}
     for name in given & names:
         if saved[name] != getattr(cfg, name):
@@ -489,13 +502,15 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     if not cfg.resume:
         state = new_state(state["params"])
         about.update(step=0, seconds=0.0, log=[])
-    done, rows, times, stopped = about["step"], about["log"], [], False
+    done, stopped = about["step"], False
+    times = []  # of each step
+    rows = about["log"]  # the same list, so what is added to it is saved
     began = time.time() - about["seconds"]
     chief = jax.process_index() == 0
     log_path = path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
-    home = homes(state, cfg)
-    step = make_step(objective, batch_at, cfg, home)
-    state = jax.tree.map(put, state, home)
+    placed = placements_of(state, cfg)
+    step = make_step(objective, batch_at, cfg, placed)
+    state = jax.tree.map(put, state, placed)
     gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
     def save(keep=False):
@@ -505,8 +520,9 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             save_checkpoint(path, arrays, about, keep)
         return arrays
 
-    with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as stop:
-        saved = save(keep=not cfg.resume)  # a full disk fails now, with nothing touched
+    with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as wishes:
+        # Step 0 too is saved: a full disk fails now. The old file becomes *.prev.npz.
+        saved = save(keep=not cfg.resume)
         if chief:
             begin_log(log_path, rows, keep=not cfg.resume)
         while done < cfg.max_steps and not stopped:
@@ -514,13 +530,14 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             state, value = step(state, done, rate)
             done, value = done + 1, float(value)  # waits for the device
             times.append(time.time() - started)
-            stopped = process_allgather(np.array(bool(stop))).any()  # all after the same step
-            if cfg.minutes and done == 10:
+            stopped = process_allgather(np.array(bool(wishes))).any()  # all after the same step
+            if cfg.minutes and len(times) == 10 and done < 20:  # stopped before that: once more
+                # The first steps are low in the warm-up, whatever max_steps is.
                 left = 60 * cfg.minutes - (time.time() - began)
                 more = process_allgather(np.array(left / np.median(times))).min()
                 cfg = replace(cfg, max_steps=done + max(1, int(more)))
                 print(f"{cfg.max_steps} steps in {cfg.minutes:g} minutes")
-            last = stopped or done == cfg.max_steps or not math.isfinite(value)
+            last = stopped or done == cfg.max_steps or not math.isfinite(value)  # save() raises
             due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")
             if last or due or done == 1 or done % cfg.log_every == 0:
@@ -530,12 +547,12 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                 with open(log_path if chief else os.devnull, "a") as log:
                     print(*rows[-1], sep=",", file=log)
                 if last or due:
-                    saved = save()  # it refuses what is not finite
+                    saved = save()
                 shown = f"validation {nats:.3f}  " if nats else ""
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
                               f" tokens/s  {clock((cfg.max_steps - done) * pace)} left",
                               last=last or due)
-    if stopped:
+    if stopped and done < cfg.max_steps:
         print(f"interrupted at step {done}, saved in {path}; go on with: python"
               f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
         sys.exit(130)
@@ -574,7 +591,8 @@ def check_device():
     is trusted, it must agree with the CPU. Otherwise everything runs on the CPU."""
     if not on_metal():
         return
-    gpu, cpu, problem = device(), jax.devices("cpu")[0], "its gradients are not the CPU's"
+    gpu, cpu = device(), jax.devices("cpu")[0]
+    problem = "its gradients are not the CPU's"
     try:
         right = small_gradient(cpu)
         if np.abs(small_gradient(gpu) - right).max() < 1e-2 * np.abs(right).max():
@@ -621,9 +639,8 @@ def main(argv):
           f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
           f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
           f" {math.log(cfg.vocab_size):.3f}")
-    objective = partial(loss, cfg=cfg)
     try:
-        state = train(cfg, state, about, objective, batch_at, validate, path)
+        state = train(cfg, state, about, partial(loss, cfg=cfg), batch_at, validate, path)
     except (RuntimeError, ValueError) as e:  # either, for a broken connection
         if jax.process_count() == 1:
             raise

@@ -173,7 +173,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
 def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(micro, shard):
     cfg = replace(CFG, batch_size=B // micro, grad_accum=micro, shard_params=shard)
     before, objective = gpt.new_state(PARAMS), partial(gpt.loss, cfg=cfg)
-    home, devices = gpt.homes(before, cfg), gpt.placements(cfg.batch_size)[0].mesh.size
+    home, devices = gpt.placements_of(before, cfg), gpt.placements(cfg.batch_size)[0].mesh.size
     for weight in (0, 1):  # a batch without weights has gradient zero, not NaN
         parts = zip(*(np.split(a, micro) for a in (X, Y, weight * W)))
         step = gpt.make_step(objective, dict(enumerate(parts, 4 * micro)).get, cfg, home)
