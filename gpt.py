@@ -476,7 +476,7 @@ def load_checkpoint(path, whole=False):
                 if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
                     raise ValueError(f"{name} is no finite float32 array of shape {like.shape}")
                 found.append(a)
-        tokenizer = Tokenizer.from_json(about["tokenizer"], path)
+        tokenizer = Tokenizer.load(path, about["tokenizer"])
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); there may be an"
                          " earlier one, *.prev.npz") from None

@@ -53,21 +53,19 @@ def merge(ids, pair, new):
 def train_bpe(words, vocab_size):
     """Counts of words -> list of merges (pairs of ids), the most frequent pair first, of equals the
     smallest (Sennrich 2016, arXiv 1508.07909). a is 100: train_bpe({"aa": 2}, 260) -> [(100, 100)]
-    The heap may hold too high a count, for a known pair only becomes rarer; then it goes back."""
+    The heap may hold too high a count, at first infinity, later one from before merges that made
+    the pair rarer. A pair that comes up so goes back with its true count."""
     plain = Tokenizer([])  # it has no merges, so a word is its bytes
     words = [(plain.encode_word(word), n) for word, n in words.items()]
     counts, where, heap, merges = Counter(), defaultdict(set), [(0, ())], []
     recount = [(i, *word) for i, word in enumerate(words)]
     for new in range(FIRST_MERGE, vocab_size):
-        fresh = []
         for i, ids, n in recount:
             for pair in zip(ids, ids[1:]):
                 if pair not in counts:
-                    fresh.append(pair)
+                    heapq.heappush(heap, (-np.inf, pair))
                 counts[pair] += n
                 where[pair].add(i)
-        for pair in fresh:
-            heapq.heappush(heap, (-counts[pair], pair))
         n, pair = heapq.heappop(heap)
         while -n != counts[pair]:
             n, pair = heapq.heappushpop(heap, (-counts[pair], pair))
@@ -123,23 +121,20 @@ class Tokenizer:
         return f'{{"special": {json.dumps(SPECIAL)}, "merges": [\n' + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
-    def load(cls, path):
-        return cls.from_json(Path(path).read_text("utf-8", "replace"), path)
-
-    @classmethod
-    def from_json(cls, text, source):
-        """The reverse of to_json; source is named if the text is not a tokenizer."""
+    def load(cls, path, text=None):
+        """The reverse of to_json, of a file, or of the text that stands in a checkpoint."""
+        text = Path(path).read_text("utf-8", "replace") if text is None else text
         try:
             return cls([(a, b) for a, b, _ in json.loads(text)["merges"]])
         except Exception:  # anything can be in a file
-            raise InputError(f"{source}: not a tokenizer; run prepare.py again") from None
+            raise InputError(f"{path}: not a tokenizer; run prepare.py again") from None
 
 # ---------------------------------------------------------------- reading text
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
-TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa.*\.jsonl|feedback\.jsonl)[^.].*\.(txt|md|jsonl?)"
-                       r"(\.gz|\.bz2)?", re.I)  # not what our own programs write
+TEXT_NAME = re.compile(r"(?!tokenizer\.json|(qa.*|feedback)\.jsonl)"  # our own programs write these
+                       r"([^.].*\.(txt|md|jsonl?)|(wiki_|part-)\d+)(\.gz|\.bz2)?", re.I)
 
 def read_lines(path):
     """A file, maybe packed by gzip or bzip2, or "-" for standard input -> (line, "file:line"). The
@@ -164,27 +159,17 @@ def read_lines(path):
         except (OSError, EOFError, zlib.error) as e:
             raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
 
-def is_wanted(file):
-    """Whether a file of a folder is read: by its name, if that has no suffix by how it begins."""
-    name = os.path.basename(file)
-    if "." in name:
-        return TEXT_NAME.fullmatch(name)
-    with suppress(OSError), open(file, "rb") as head:
-        return JSON_BEGINS.match(head.read(999).decode("utf-8", "replace"))
-
 def files_in(path):
     """A file -> itself; a folder -> its text files, but hidden ones and virtual environments."""
     if not os.path.isdir(path):
         return [path]
     found, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen or "pyvenv.cfg" in names:  # a link may lead back
-            folders.clear()
-            continue
-        seen.add(real)
+        if os.path.realpath(folder) in seen or "pyvenv.cfg" in names:  # a link may lead back
+            del folders[:], names[:]
+        seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += filter(is_wanted, [os.path.join(folder, name) for name in names])
+        found += [os.path.join(folder, name) for name in names if TEXT_NAME.fullmatch(name)]
     if not found:
         raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
     return sorted(found)
@@ -310,8 +295,7 @@ def main(argv):
         (out_dir / name).unlink(missing_ok=True)  # those of another text
         if rows:
             with whole_file(out_dir / name) as file:
-                for row in rows:
-                    file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
     print("next: python gpt.py")
 
 # ---------------------------------------------------------------- helpers of all scripts
@@ -327,7 +311,7 @@ def available_cores():
     return cores
 
 CORES = available_cores()
-left_out = {}  # what was left out or changed: [how often, the first place]
+left_out = {}  # what count() has noted: [how often, the first place]; report() forgets it
 
 def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
@@ -370,12 +354,11 @@ def read_flags(settings_class, argv, doc):
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], known, 1)
         raise InputError(f"unknown argument {unknown[0]}, did you mean --{(near or ['help'])[0]}?")
-    given = vars(given)
-    for name, value in given.items():
+    for name, value in vars(given).items():
         low, high = known[name].metadata["range"]
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise InputError(f"--{name} {value}: must be from {low} to {high:g}")
-    return settings_class(**given), set(given)
+    return settings_class(**vars(given)), set(vars(given))
 
 def show_progress(text, last=False):
     """One line that stays in place on a terminal; when piped, only its last state is printed."""
@@ -392,14 +375,12 @@ def count(what, where):
     left_out.setdefault(what, [0, where])[0] += 1
 
 def list_of():
-    """What count() has noted, in words; then it is forgotten."""
-    words = "; ".join(f"{n} {what} (the first: {at})" for what, (n, at) in left_out.items())
-    left_out.clear()
-    return words
+    return "; ".join(f"{n} {what} (the first: {at})" for what, (n, at) in left_out.items())
 
 def report():
-    if words := list_of():
-        print(f"left out: {words}")
+    if left_out:
+        print(f"left out: {list_of()}")
+        left_out.clear()
 
 def printable(text):
     """Text without what steers a terminal: control characters, surrogates, marks of direction."""
@@ -416,8 +397,7 @@ def whole_file(path, keep=False):
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            kept = path.with_name(f"{path.stem}.prev{path.suffix}")
-            os.replace(path, kept)
+            kept = path.replace(path.with_name(f"{path.stem}.prev{path.suffix}"))
             print(f"the {path.name} of the run before is now {kept}")
         os.replace(part, path)
     finally:
@@ -452,8 +432,7 @@ def begin_log(path, rows, keep):
     """Write log.csv with the rows so far. keep: that of the run before is kept."""
     names = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
     with whole_file(path, keep) as file:
-        for row in [[names], *rows]:
-            file.write(f"{','.join(map(str, row))}\n".encode())
+        file.writelines(f"{','.join(map(str, row))}\n".encode() for row in [[names], *rows])
 
 def draw(values, width=72):
     """Numbers as a line of small bars, from the first to the last."""

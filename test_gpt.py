@@ -244,7 +244,7 @@ def test_fast_training_learns_the_merges_of_the_naive_definition_and_wikipedias_
     assert [t.bytes[i] for i in t.encode("aaabdaaabac")] == [b"aaab", b"d", b"aaab", b"a", b"c"]
 
 def test_any_text_survives_encoding_and_no_text_becomes_a_special_token():
-    again = Tokenizer.from_json(TOKENIZER.to_json(), "tokenizer.json")
+    again = Tokenizer.load("tokenizer.json", TOKENIZER.to_json())
     for text in odd_texts():
         ids = TOKENIZER.encode(text)
         assert again.decode(ids) == text.encode("utf-8", "replace").decode()
