@@ -6,19 +6,14 @@
 It writes train.bin and val.bin (uint16 token ids) and tokenizer.json. Reading order: tokenizer,
 reading text, writing tokens, main; the small helpers that all scripts share come last."""
 import sys
-
 if sys.version_info < (3, 10):
-    print("error: Python 3.10 at least is needed: python3.13 -m venv .venv", file=sys.stderr)
-    sys.exit(2)
+    sys.exit("error: Python 3.10 at least is needed: python3.13 -m venv .venv")
 
-import argparse, bz2, codecs, difflib, gzip, heapq, io, json, os, re, signal, sqlite3, time
-import unicodedata, zlib
+import argparse, bz2, codecs, difflib, functools, gzip, heapq, io, itertools, json, multiprocessing
+import os, re, signal, sqlite3, time, unicodedata, zlib
 from collections import Counter, defaultdict
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
-from functools import lru_cache, partial
-from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -40,28 +35,17 @@ LETTERS = rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}|(?:[^\W\d_]|[{MA
 WORD = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?(?:{LETTERS})|\d{{1,3}}"
                   r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
 
-def merge(ids, pair, new):
-    """merge([1, 2, 3, 1, 2], (1, 2), 9) -> [9, 3, 9]"""
-    out = ids[:1]
-    for id in ids[1:]:
-        if id == pair[1] and out[-1] == pair[0]:
-            out[-1] = new
-        else:
-            out.append(id)
-    return out
-
 def train_bpe(words, vocab_size):
     """Counts of words -> list of merges (pairs of ids), the most frequent pair first, of equals the
     smallest (Sennrich 2016, arXiv 1508.07909). a is 100: train_bpe({"aa": 2}, 260) -> [(100, 100)]
-    The heap may hold too high a count, at first infinity, later one from before merges that made
-    the pair rarer. A pair that comes up so goes back with its true count."""
+    Counts in the heap are infinity at first, and later may be too high: then they are put right."""
     plain = Tokenizer([])  # it has no merges, so a word is its bytes
     words = [(plain.encode_word(word), n) for word, n in words.items()]
     counts, where, heap, merges = Counter(), defaultdict(set), [(0, ())], []
     recount = [(i, *word) for i, word in enumerate(words)]
     for new in range(FIRST_MERGE, vocab_size):
-        for i, ids, n in recount:
-            for pair in zip(ids, ids[1:]):
+        for i, word, n in recount:
+            for pair in zip(word, word[1:]):
                 if pair not in counts:
                     heapq.heappush(heap, (-np.inf, pair))
                 counts[pair] += n
@@ -71,14 +55,13 @@ def train_bpe(words, vocab_size):
             n, pair = heapq.heappushpop(heap, (-counts[pair], pair))
         if n > -2:
             break  # a pair that occurs once saves nothing
-        merges.append(pair)
+        merges.append((ord(pair[0]), ord(pair[1])))
         recount = []
         for i in where.pop(pair):
-            ids, n = words[i]
-            words[i] = merge(ids, pair, new), n
-            recount += [(i, ids, -n), (i, *words[i])]
-        if new % 500 == 0:
-            show_progress(f"tokenizer: {new} of {vocab_size} tokens")
+            word, n = words[i]
+            words[i] = word.replace("".join(pair), chr(new)), n
+            recount += [(i, word, -n), (i, *words[i])]
+        show_progress(f"tokenizer: {new} of {vocab_size} tokens")
     return merges
 
 class Tokenizer:
@@ -86,23 +69,24 @@ class Tokenizer:
 
     def __init__(self, merges):
         self.merges = merges
-        self.rank = {pair: id for id, pair in enumerate(merges, FIRST_MERGE)}
+        self.rank = {(chr(a), chr(b)): id for id, (a, b) in enumerate(merges, FIRST_MERGE)}
         self.bytes = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]  # what an id stands for
         for a, b in merges:
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
 
-    @lru_cache(1 << 20)
+    @functools.lru_cache(1 << 20)
     def encode_word(self, word):
-        ids = [b + FIRST_BYTE for b in word.encode("utf-8", "replace")]
-        while known := self.rank.keys() & zip(ids, ids[1:]):
+        """A string in which chr(id) stands for an id, so that str.replace merges a pair."""
+        word = "".join(chr(FIRST_BYTE + b) for b in word.encode("utf-8", "replace"))
+        while known := self.rank.keys() & zip(word, word[1:]):
             first = min(known, key=self.rank.get)
-            ids = merge(ids, first, self.rank[first])
-        return ids
+            word = word.replace("".join(first), chr(self.rank[first]))
+        return word
 
     def encode(self, text):
         """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?"."""
-        return list(chain.from_iterable(map(self.encode_word, WORD.findall(text))))
+        return [ord(id) for word in WORD.findall(text) for id in self.encode_word(word)]
 
     def decode(self, ids):
         """Ids -> text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -110,14 +94,13 @@ class Tokenizer:
 
     def stream(self, ids):
         """Ids -> pieces of text as soon as they are whole characters."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for id in ids:
-            yield decoder.decode(self.bytes[id])
-        yield decoder.decode(b"", True)
+        yield from codecs.iterdecode((self.bytes[id] for id in ids), "utf-8", "replace")
+        yield ""  # at least one piece, also of nothing
 
     def to_json(self):
         """Readable: one merge a line, as the two ids and what they spell."""
-        rows = [json.dumps([*pair, self.decode([id])]) for pair, id in self.rank.items()]
+        ids = range(FIRST_MERGE, self.size)
+        rows = [json.dumps([*pair, self.decode([id])]) for id, pair in zip(ids, self.merges)]
         return f'{{"special": {json.dumps(SPECIAL)}, "merges": [\n' + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
@@ -130,29 +113,26 @@ class Tokenizer:
             raise InputError(f"{path}: not a tokenizer; run prepare.py again") from None
 
 # ---------------------------------------------------------------- reading text
+PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
-TEXT_NAME = re.compile(r"(?!tokenizer\.json|(qa.*|feedback)\.jsonl)"  # our own programs write these
+TEXT_NAME = re.compile(r"(?!tokenizer\.json|(qa.*|feedback)\.jsonl)"  # these are our own programs'
                        r"([^.].*\.(txt|md|jsonl?)|(wiki_|part-)\d+)(\.gz|\.bz2)?", re.I)
 
 def read_lines(path):
-    """A file, maybe packed by gzip or bzip2, or "-" for standard input -> (line, "file:line"). The
-    lines end in "\\n". A few bytes that are not UTF-8 become U+FFFD and are counted."""
+    """A file, perhaps packed, or "-" for standard input -> (line, "file:line"), with "\\n" at its
+    end. A few bytes that are not UTF-8 become U+FFFD and are counted."""
     source, number = "standard input" if path == "-" else path, 0
     with open(0 if path == "-" else path, "rb") as file:
         try:
-            packed = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}
-            unpack = packed.get(file.peek(3)[:3], io.BufferedReader)
-            file = io.BufferedReader(unpack(file), PIECE)
+            file = io.BufferedReader(PACKED.get(file.peek(3)[:3], io.BufferedReader)(file), PIECE)
             head = file.peek().decode("utf-8", "replace")
             bad, beyond_ascii = head.count("\ufffd"), sum(c > "\x7f" for c in head)
             if "\0" in head or bad > max(beyond_ascii / 2, 5 + len(head) / 1000):
-                raise InputError(f"{source}: not UTF-8; convert it, for instance by iconv -f"
-                                 " WINDOWS-1252 (or UTF-16) -t UTF-8 OLD > NEW")
+                raise InputError(f"{source}: not UTF-8; try iconv -f CP1252 (or UTF-16) -t UTF-8")
             file = io.TextIOWrapper(file, "utf-8-sig", "replace")
-            while line := file.readline(1 << 24):
-                number += 1
+            for number, line in enumerate(iter(functools.partial(file.readline, 1 << 24), ""), 1):
                 if "\ufffd" in line:
                     count("lines with bytes that are not UTF-8", f"{source}:{number}")
                 yield line, f"{source}:{number}"
@@ -161,8 +141,6 @@ def read_lines(path):
 
 def files_in(path):
     """A file -> itself; a folder -> its text files, but hidden ones and virtual environments."""
-    if not os.path.isdir(path):
-        return [path]
     found, seen = [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if os.path.realpath(folder) in seen or "pyvenv.cfg" in names:  # a link may lead back
@@ -170,9 +148,9 @@ def files_in(path):
         seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [os.path.join(folder, name) for name in names if TEXT_NAME.fullmatch(name)]
-    if not found:
+    if not found and os.path.isdir(path):
         raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
-    return sorted(found)
+    return sorted(found) or [path]
 
 def text_of(line, source):
     """A line of JSON -> the document in it, its "text", and the mark of its end."""
@@ -182,64 +160,53 @@ def text_of(line, source):
         count('JSON lines without a "text", which sft.py may take', source)
     return ""
 
-def read_file(path):
-    """A file -> (text, whether a document ends there); large documents come in pieces. If it begins
-    with a JSON object each line is one, otherwise <|endoftext|> divides documents."""
-    is_json, held = None, ""
-    for line, source in read_lines(path):
-        if is_json is None and line.strip():
-            is_json = JSON_BEGINS.match(line) is not None
-            held = "" if is_json else held  # blank lines
-        *ended, rest = BORDER.split(text_of(line, source) if is_json else line)
-        for text in ended:
-            if (held + text).strip():
-                yield held + text, True
-            else:
-                count("empty documents", source)
-            held = ""
-        if len(held) > PIECE and rest.strip():  # what is held is never only the blank end
-            yield held, False
-            held = ""
-        held += rest
-    if held.strip():
-        yield held, True
-
 def read_documents(files):
-    """Files -> what read_file gives. One that cannot be read is counted and costs only itself."""
+    """Files -> (text, whether a document ends there); large documents come in pieces. If a file
+    begins with a JSON object each line is one, otherwise <|endoftext|> divides documents. One that
+    cannot be read is counted and costs only itself."""
     for path in files:
+        is_json, held = None, ""
         try:
-            yield from read_file(path)
+            for line, source in read_lines(path):
+                if is_json is None and line.strip():
+                    is_json, held = JSON_BEGINS.match(line) is not None, ""
+                *ended, rest = BORDER.split(text_of(line, source) if is_json else line)
+                for text in ended:
+                    if (held + text).strip():
+                        yield held + text, True
+                    else:
+                        count("empty documents", source)
+                    held = ""
+                if len(held) > PIECE and rest.strip():  # what is held is never only the blank end
+                    yield held, False
+                    held = ""
+                held += rest
         except (InputError, OSError) as e:
             if len(files) == 1:
                 raise
             count("files", e)
+        if held.strip():
+            yield held, True
 
 # ---------------------------------------------------------------- writing tokens
-def learn_tokenizer(pieces, vocab_size):
-    """-> a tokenizer of the beginning of a text, the pieces that were looked at, their bytes."""
-    first, words, size = [], Counter(), 0
-    for piece in pieces:
-        first.append(piece)
-        words.update(WORD.findall(piece[0]))
-        size += len(piece[0].encode("utf-8", "replace"))
-        if size > 1 << 24:  # enough; more would only take memory
+def write_tokens(pieces, vocab_size, val_fraction, out_dir, bytes_to_come):
+    """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written."""
+    started, first, words, seen = time.time(), [], Counter(), 0
+    for text, ended in pieces:
+        first.append((text, ended))
+        words.update(WORD.findall(text))
+        seen += len(text.encode("utf-8", "replace"))
+        if seen > 1 << 24:  # enough; more would only take memory
             break
-    # In proportion to the text: a token that is hardly ever seen is not learned.
-    vocab_size = vocab_size or max(384, round(size**0.5 / 2))
+    vocab_size = vocab_size or max(384, round(seen**0.5 / 2))  # rare tokens are not learned
     frequent = dict(words.most_common(max(1 << 14, 4 * vocab_size)))
-    return Tokenizer(train_bpe(frequent, vocab_size)), first, size
-
-def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
-    """Pieces of documents -> tokenizer.json, train.bin, val.bin, through all cores. Nothing in
-    out_dir changes before all of it is written. expected: bytes to come, for the time left."""
-    started = time.time()
-    tokenizer, first, looked_at = learn_tokenizer(pieces, vocab_size)
-    pieces, ends, size, n_bytes = chain(first, pieces), [], 0, 0
-    workers = get_context("spawn").Pool(CORES) if looked_at > 1 << 22 else nullcontext()
+    tokenizer = Tokenizer(train_bpe(frequent, vocab_size))
+    pieces, ends, size, n_bytes = itertools.chain(first, pieces), [], 0, 0
+    workers = multiprocessing.get_context("spawn").Pool(CORES) if seen > 1 << 22 else nullcontext()
     out_dir.mkdir(parents=True, exist_ok=True)
     with whole_file(out_dir / "train.bin") as train, workers as pool:
-        spread = partial(pool.imap, chunksize=32) if pool else map
-        while some := list(islice(pieces, 1024)):
+        spread = functools.partial(pool.imap, chunksize=32) if pool else map
+        while some := list(itertools.islice(pieces, 1024)):
             encoded = spread(tokenizer.encode, [text for text, _ in some])
             for (text, ended), ids in zip(some, encoded):
                 if ended:
@@ -248,11 +215,10 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
                 np.array(ids, "<u2").tofile(train)
                 size += len(ids)
                 n_bytes += len(text.encode("utf-8", "replace"))
-            left = clock((time.time() - started) * max(0, expected / n_bytes - 1))
+            left = clock((time.time() - started) * max(0, bytes_to_come / n_bytes - 1))
             show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {left} left")
-        cut = int(size * (1 - val_fraction))
-        if len(ends) > 1:  # whole documents, at least one on each side
-            cut = ends[np.searchsorted(ends[:-2], cut)]
+        cut = int(size * (1 - val_fraction))  # between documents, at least one on each side
+        cut = ends[np.searchsorted(ends[:-2], cut)] if len(ends) > 1 else cut
         if not 2 <= cut <= size - 2:
             raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
         train.seek(2 * cut)
@@ -260,9 +226,8 @@ def write_tokens(pieces, vocab_size, val_fraction, out_dir, expected=0):
             val.write(train.read())
             file.write(tokenizer.to_json().encode())
         train.truncate(2 * cut)
-    show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut}"
-                  f" tokens ({n_bytes / size:.2f} bytes each), vocabulary {tokenizer.size},"
-                  f" {time.time() - started:.1f} s", last=True)
+    said = f"{cut} + {size - cut} tokens of {n_bytes / size:.2f} bytes, vocabulary {tokenizer.size}"
+    show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {said}", last=True)
     report()
 
 # ---------------------------------------------------------------- main
@@ -282,20 +247,20 @@ class Settings:
 
 def main(argv):
     s, _ = read_flags(Settings, argv, __doc__)
-    out_dir, size, expected, records = Path(s.out_dir), s.vocab_size, 0, [None, None]
+    out_dir, size, bytes_to_come, records = Path(s.out_dir), s.vocab_size, 0, [None, None]
     if s.inputs:
         files = [file for path in s.inputs for file in files_in(path)]
-        pieces, expected = read_documents(files), sum(map(os.path.getsize, {*files} - {"-"}))
+        pieces, bytes_to_come = read_documents(files), sum(map(os.path.getsize, {*files} - {"-"}))
     else:
         from data.world import built_in_corpus
         documents, *records = built_in_corpus(s.seed, not s.control)
         pieces, size = ((document, True) for document in documents), size or 2048
-    write_tokens(pieces, size, s.val_fraction, out_dir, expected)
+    write_tokens(pieces, size, s.val_fraction, out_dir, bytes_to_come)
     for name, rows in zip(["qa.jsonl", "qa_test.jsonl"], records):
         (out_dir / name).unlink(missing_ok=True)  # those of another text
         if rows:
             with whole_file(out_dir / name) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+                file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows)
     print("next: python gpt.py")
 
 # ---------------------------------------------------------------- helpers of all scripts
@@ -316,10 +281,9 @@ left_out = {}  # what count() has noted: [how often, the first place]; report() 
 def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
     for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "r+")  # it may have been closed
-        setattr(sys, name, stream)
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may have been closed
         with suppress(AttributeError, OSError):  # a notebook's cannot, one half read
-            stream.reconfigure(errors="replace")
+            getattr(sys, name).reconfigure(errors="replace")
     left_out.clear()
     try:
         return main(sys.argv[1:] if argv is None else argv)
@@ -344,8 +308,7 @@ def read_flags(settings_class, argv, doc):
         argument_default=argparse.SUPPRESS, exit_on_error=False)
     known = {f.name: f for f in fields(settings_class) if f.metadata}
     for name, f in known.items():
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        arg = kind | f.metadata["arg"]
+        arg = f.metadata["arg"] | ({"action": "store_true"} if f.type is bool else {"type": f.type})
         parser.add_argument(arg.pop("positional", f"--{name}"), **arg)
     try:
         given, unknown = parser.parse_known_args(argv)
@@ -421,12 +384,11 @@ def wishes_to_stop():
     wishes, numbers = [], [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)  # Windows has none, nohup ignores it
-    before = {number: signal.signal(number, lambda *_: wishes.append(True)) for number in numbers}
-    try:
+    with ExitStack() as stack:
+        for number in numbers:
+            before = signal.signal(number, lambda *_: wishes.append(True))
+            stack.callback(signal.signal, number, before)
         yield wishes
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 def begin_log(path, rows, keep):
     """Write log.csv with the rows so far. keep: that of the run before is kept."""
