@@ -64,7 +64,7 @@ def load(path):
         else:
             ids, text = [END, *tokenizer.encode(messages[-1][1])], messages[-1][1]
         pieces = tokenizer.stream(new_ids(ids, cfg, seen))
-        yield text or next(pieces).removeprefix(" ")  # render() puts a space before an answer
+        yield text or next(pieces, "").removeprefix(" ")  # render() puts a space before an answer
         yield from pieces
 
     return reply

@@ -3,11 +3,11 @@
     python prepare.py                 # the built-in corpus, made by data/world.py
     python prepare.py my.txt more/    # your own text: files, folders, JSON lines, or - for a pipe
 
-It writes train.bin and val.bin (uint16 token ids) and tokenizer.json. Reading order: tokenizer,
-reading text, writing tokens, main; the small helpers that all scripts share come last."""
+It writes train.bin, val.bin (uint16 ids) and tokenizer.json. Helpers of all scripts come last."""
 import sys
 if sys.version_info < (3, 10):
-    sys.exit("error: Python 3.10 at least is needed: python3.13 -m venv .venv")
+    print("error: Python 3.10 at least is needed: python3.13 -m venv .venv", file=sys.stderr)
+    sys.exit(2)
 
 import argparse, bz2, codecs, difflib, functools, gzip, heapq, io, itertools, json, multiprocessing
 import os, re, signal, sqlite3, time, unicodedata, zlib
@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-
 import numpy as np
 
 class InputError(Exception):
@@ -94,8 +93,7 @@ class Tokenizer:
 
     def stream(self, ids):
         """Ids -> pieces of text as soon as they are whole characters."""
-        yield from codecs.iterdecode((self.bytes[id] for id in ids), "utf-8", "replace")
-        yield ""  # at least one piece, also of nothing
+        return codecs.iterdecode((self.bytes[id] for id in ids), "utf-8", "replace")
 
     def to_json(self):
         """Readable: one merge a line, as the two ids and what they spell."""
@@ -117,8 +115,8 @@ PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
-TEXT_NAME = re.compile(r"(?!tokenizer\.json|(qa.*|feedback)\.jsonl)"  # these are our own programs'
-                       r"([^.].*\.(txt|md|jsonl?)|(wiki_|part-)\d+)(\.gz|\.bz2)?", re.I)
+TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa.*\.jsonl|feedback\.jsonl)[^.].*\.(txt|md|jsonl?)"
+                       r"(\.gz|\.bz2)?", re.I)  # not what our own programs write
 
 def read_lines(path):
     """A file, perhaps packed, or "-" for standard input -> (line, "file:line"), with "\\n" at its
@@ -139,6 +137,13 @@ def read_lines(path):
         except (OSError, EOFError, zlib.error) as e:
             raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
 
+def is_text(path):
+    """Whether a file of a folder is read: by its name or, without a suffix, by how it begins."""
+    if "." in os.path.basename(path):
+        return TEXT_NAME.fullmatch(os.path.basename(path))
+    with suppress(OSError), open(path, "rb") as file:
+        return JSON_BEGINS.match(file.read(999).decode("utf-8", "replace"))
+
 def files_in(path):
     """A file -> itself; a folder -> its text files, but hidden ones and virtual environments."""
     found, seen = [], set()
@@ -147,7 +152,7 @@ def files_in(path):
             del folders[:], names[:]
         seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in names if TEXT_NAME.fullmatch(name)]
+        found += filter(is_text, [os.path.join(folder, name) for name in names])
     if not found and os.path.isdir(path):
         raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
     return sorted(found) or [path]
@@ -161,9 +166,8 @@ def text_of(line, source):
     return ""
 
 def read_documents(files):
-    """Files -> (text, whether a document ends there); large documents come in pieces. If a file
-    begins with a JSON object each line is one, otherwise <|endoftext|> divides documents. One that
-    cannot be read is counted and costs only itself."""
+    """Files -> (text, whether a document ends there). A file that begins with a JSON object has one
+    a line; else <|endoftext|> divides documents. One that cannot be read costs only itself."""
     for path in files:
         is_json, held = None, ""
         try:
@@ -347,8 +351,7 @@ def report():
 
 def printable(text):
     """Text without what steers a terminal: control characters, surrogates, marks of direction."""
-    unsafe = "[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]"
-    return re.sub(unsafe, "\ufffd", text)
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", "�", text)
 
 @contextmanager
 def whole_file(path, keep=False):

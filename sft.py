@@ -144,7 +144,7 @@ def show(row, tokenizer):
     spelled = [name.encode() for name in SPECIAL] + tokenizer.bytes[len(SPECIAL):]
     x, y, w = row
     text = ""
-    n = np.flatnonzero(w)[-1] + 1
+    n = np.flatnonzero(x)[-1] + 1  # END, which is 0, is only a target
     for trained, part in groupby(zip([x[0], *y[:n]], [0, *w[:n]]), lambda token: token[1]):
         words = b"".join(spelled[id] for id, _ in part)  # a character may be several tokens
         words = printable(words.decode("utf-8", "replace"))
@@ -212,20 +212,23 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
         loss += nats / tokens
     return loss.sum(), jnp.float32(len(x))
 
-def built_in_preferences(cfg, params, tokenizer):
+def built_in_preferences(cfg, params, tokenizer, alone):
     """Records of the built-in questions. Of what is known, the answer is chosen and "I do not know
     that." rejected; of what is not, that is chosen and rejected what the model makes up or, if it
-    makes up nothing, the answer to another question."""
+    makes up nothing, the answer to another question. Beside corrections, not alone, they only keep
+    the rest as it is, so what is rejected has no weight: to push it down would shift much."""
     path = Path(cfg.data_dir, "qa.jsonl")  # there is none with somebody's own text
     records = read_records([path] if path.exists() else [])
     found = [messages for [messages], *_ in records if len(messages) == 2]
-    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:700]
-    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:1300]
-    said = answer_all(params, cfg, tokenizer, [[question] for question, _ in unknown], 1.2)
+    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1300]
+    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:700]
+    said = [DONT_KNOW] * len(unknown)
+    if alone:
+        said = answer_all(params, cfg, tokenizer, [[question] for question, _ in unknown], 1.2)
     rejected = [DONT_KNOW] * len(known)
     for text, (_, another) in zip(said, cycle(known)):
         rejected.append(another[1] if text.strip() in ("", DONT_KNOW) else text)
-    return [([[question, answer], [question, ("assistant", text, True)]], {}, "")
+    return [([[question, answer], [question, ("assistant", text, alone)]], {}, "")
             for (question, answer), text in zip(known + unknown, rejected)]
 
 # ---------------------------------------------------------------- main
@@ -241,7 +244,7 @@ class Config(gpt.Config):
     weight_decay: float = setting(0.0, "of matrices")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(48, "rows in a micro-batch", low=1)
-    max_steps: int = setting(1200, "optimiser steps [with --dpo: 120]", low=1)
+    max_steps: int = setting(1200, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 2e-4]")
 
 def make_if_missing(path, script):
@@ -324,7 +327,7 @@ def main(argv):
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 120, "learning_rate": 2e-4}
+        unset = {"max_steps": 200, "learning_rate": 2e-4}
         cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]
     # What is wrong with these is told now, not after a pretraining.
@@ -355,7 +358,7 @@ def main(argv):
         corrected = read_records([feedback] if feedback.exists() else [], PREFERENCE)
         # Of each question the last one counts.
         corrections = [*{str(found[0][0][:-1]): found for found in corrected}.values()]
-        records = built_in_preferences(cfg, before, tokenizer)
+        records = built_in_preferences(cfg, before, tokenizer, alone=not corrections)
         if not records + corrections:
             raise InputError(f"{feedback}: no corrections yet; /better in chat.py makes them")
         # So often that they are a third of all.
