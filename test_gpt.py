@@ -289,19 +289,20 @@ def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns
 
 def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     """The rows of the batch in pairs, the first of each preferred; the twin gives their losses."""
-    pairs, logp = [a.reshape(3, 2, T) for a in BATCH], -np.reshape(LOSSES, (3, 2))
+    logp = -np.reshape(LOSSES, (3, 2))
     reference = np.float32(logp + RNG.normal(size=(3, 2)))
     objective = jax.jit(jax.value_and_grad(partial(sft.dpo_loss, cfg=CFG, anchor=0.7), has_aux=True))
-    (total, count), gradient = objective(PARAMS, [*pairs, reference], None)
+    (total, count), gradient = objective(PARAMS, [*BATCH, reference.ravel()], None)
     margin = CFG.beta * ((logp - reference) @ [1, -1])
 
     def expected(margin, chosen=0):
         per_token = logp[:, chosen] / W[chosen::2].sum(-1)
         return (np.log1p(np.exp(-margin)) - 0.7 * per_token).sum()
     assert count == 3 and total == approx(expected(margin), rel=1e-4)
-    (before, _), _ = objective(PARAMS, [*pairs, np.float32(logp)], None)
+    (before, _), _ = objective(PARAMS, [*BATCH, np.float32(logp.ravel())], None)
     assert before == approx(expected(np.zeros(3)), rel=1e-4)  # ln 2 a pair: nothing is learned yet
-    (swapped, _), _ = objective(PARAMS, [a[:, ::-1] for a in (*pairs, reference)], None)
+    swap = [1, 0, 3, 2, 5, 4]
+    (swapped, _), _ = objective(PARAMS, [a[swap] for a in (*BATCH, reference.ravel())], None)
     assert swapped == approx(expected(-margin, chosen=1), rel=1e-4)
     per_token = 0.7 / W[::2].sum(-1)
     doubt = CFG.beta / (1 + np.exp(margin))
