@@ -40,7 +40,7 @@ def read_json(path):
         except (ValueError, RecursionError):
             count("part(s) that are not JSON", source)
             continue
-        for i, record in enumerate(found if isinstance(found, list) else [found], 1):
+        for i, record in enumerate(found if source == path else [found], 1):
             yield record, source if record is found else f"{source}: record {i}"
 
 def turns_of(record, answers):
