@@ -28,9 +28,10 @@ gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)  # its gain alone meets m
 parametrize, approx = pytest.mark.parametrize, pytest.approx
 only_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and terminals")
 
-def rows(table):
-    """Lines of cells with " | " between them; a line that begins with "|" goes on with a row."""
-    return [row.split(" | ") for row in table.strip("\n").replace("\n|", " |").split("\n")]
+def rows(table, n):
+    """Cells, n in a row; between them stands " | " or a line ends."""
+    cells = re.split(r" \| |\n", table.strip("\n"))
+    return [cells[i:i + n] for i in range(0, len(cells), n)]
 
 # ---------------------------------------------------------------- the NumPy twin
 B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one another
@@ -252,8 +253,7 @@ def test_hostile_text_takes_linear_time(text):
     for tokenizer in (tokenizer_of(text, 270), TOKENIZER):  # quadratic time would be hours
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
-@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me",
-                      "ภาษา|ไทยที่|นี่"])
+@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me", "ภาษา|ไทยที่|นี่"])
 def test_combining_marks_stay_in_their_word(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
@@ -305,48 +305,40 @@ SHOWN = """
 {"instruction": "Sum", "context": "2+2", "response": "4"} | ¿ Sum↵↵2+2¡[ 4■]
 {"instruction": "", "input": "What is 2+2?", "output": "4"} | ¿ What is 2+2?¡[ 4■]
 {"prompt": "Schlüssel?", "completion": "weiß 😀 — 東京 \\ud83d"} | ¿ Schlüssel?¡[ weiß 😀 — 東京 ?■]
-{"prompt": [{USER: "Hi"}], "completion": [{BOT: "Ho"}]} | ¿ Hi¡[ Ho■]
-{"messages": [{"role": "system", "content": ""}, {USER: "Hi"}, {BOT: "Ho", "tool_calls": null}]} | ¿ Hi¡[ Ho■]
-{"messages": [{"role": "developer", "content": "Be"}, {USER: [{"text": "H"}, {"text": "i"}]}, {BOT: "Ho"}]}
-| ¿ Be↵↵Hi¡[ Ho■]
-{"messages": [{USER: "Q"}, {BOT: "bad", "weight": 0}, {USER: "R"}, {BOT: "good", "weight": 1}]}
-| ¿ Q¡ bad■¿ R¡[ good■]
+{"prompt": [{Q: "Hi"}], "completion": [{A: "Ho"}]} | ¿ Hi¡[ Ho■]
+{"messages": [{"role": "system", "content": ""}, {Q: "Hi"}, {A: "Ho", "tool_calls": null}]} | ¿ Hi¡[ Ho■]
+{"messages": [{"role": "developer", "content": "Be"}, {Q: "Hi"}, {A: "Ho"}]} | ¿ Be↵↵Hi¡[ Ho■]
+{"messages": [{Q: "1"}, {A: "2", "weight": 0}, {Q: "3"}, {A: "4", "weight": 1}]} | ¿ 1¡ 2■¿ 3¡[ 4■]
 {"conversations": [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
-| ¿ Be↵↵Hi¡[ Ho■]
-{"conversations": [{USER: "Hi"}, {BOT: "Ho"}, {USER: "Bye"}]} | ¿ Hi¡[ Ho■]
-{"instruction": "Hi", "input": "now", "chosen": "Ho", "rejected": "No"}
-| ¿ Hi↵↵now¡[ Ho■] ¿ Hi↵↵now¡[ No■]
-{"prompt": "Hi", "chosen": [{USER: "Hi"}, {BOT: "Ho"}], "rejected": [{USER: "Hi"}, {BOT: "No"}]}
-| ¿ Hi¡[ Ho■] ¿ Hi¡[ No■]
-{"prompt": [{USER: "A"}, {BOT: "B"}, {USER: "C"}], "chosen": [{BOT: "B"}], "rejected": "D"}
-| ¿ A¡ B■¿ C¡[ B■] ¿ A¡ B■¿ C¡[ D■]
-"""  # ¿ stands for <|user|>, ¡ for <|assistant|>, ■ for <|end|>, ↵ for a new line
+¿ Be↵↵Hi¡[ Ho■] | {"conversations": [{Q: [{"text": "H"}, {"text": "i"}]}, {A: "Ho"}, {Q: "Bye"}]} | ¿ Hi¡[ Ho■]
+{"instruction": "A", "input": "B", "chosen": "C", "rejected": "D"} | ¿ A↵↵B¡[ C■] ¿ A↵↵B¡[ D■]
+{"prompt": "A", "chosen": [{Q: "A"}, {A: "B"}], "rejected": [{Q: "A"}, {A: "C"}]} | ¿ A¡[ B■] ¿ A¡[ C■]
+{"prompt": [{Q: "A"}, {A: "B"}, {Q: "C"}], "chosen": [{A: "B"}], "rejected": "D"} | ¿ A¡ B■¿ C¡[ B■] ¿ A¡ B■¿ C¡[ D■]
+"""  # {Q: and {A: begin OpenAI's turns; ¿ is <|user|>, ¡ <|assistant|>, ■ <|end|>, ↵ a new line
 LEFT_OUT = """
 {"instruction": "area", "input": "4 cm x 5 cm", "output": ""} | {"instruction": ["list"], "output": 4}
-{"instruction": "cut", "outp | [1, {"foo": null}] | {"messages": "hi"} | {"messages": [{USER: "no answer"}]}
-{"messages": [{BOT: "opens"}, {USER: "Q"}, {BOT: "A"}]} | {"messages": [{USER: [{"type": "image_url"}]}, {BOT: "A"}]}
-{"messages": [{USER: "Q"}, {BOT: "A"}, {BOT: "twice"}]}
-{"messages": [{USER: "Q"}, {BOT: "all of weight", "weight": 0}]}
-{"messages": [{USER: "Q"}, {BOT: null, "tool_calls": [{"id": 1}]}, {"role": "tool", "content": "4"}]}
+{"instruction": "cut", "outp | [1, {"foo": null}] | {"messages": "hi"} | {"messages": [{Q: "no answer"}]}
+{"messages": [{A: "opens"}, {Q: "Q"}, {A: "A"}]} | {"messages": [{Q: [{"type": "image_url"}]}, {A: "A"}]}
+{"messages": [{Q: "Q"}, {A: "A"}, {A: "twice"}]} | {"messages": [{Q: "Q"}, {A: "all", "weight": 0}]}
+{"messages": [{Q: "Q"}, {A: null, "tool_calls": [{"id": 1}]}, {"role": "tool", "content": "4"}]}
 {"prompt": "same", "chosen": "Yes", "rejected": "Yes"} | {"prompt": "none rejected", "chosen": "Yes"}
 """
 
 def shown(name, text, record):
-    """Write a file of records -> what is trained of it; spelled out: USER and BOT."""
-    text = text.replace("USER", '"role": "user", "content"')
-    write(name, text.replace("BOT", '"role": "assistant", "content"'))
+    """Write a file of records -> what is trained of it."""
+    text = text.replace("{Q:", '{"role": "user", "content":')
+    write(name, text.replace("{A:", '{"role": "assistant", "content":'))
     flag = "--dpo=" if "chosen" in record else ""
     return outcome(f"sft {flag}{name} --show=9 --init=out/base.npz").replace("\n<|user", " <|user")
 
-@parametrize("record, expected", rows(SHOWN))
+@parametrize("record, expected", rows(SHOWN, 2))
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
-    for sign, meaning in zip("■¿¡↵", [*SPECIAL, "\n"]):
-        expected = expected.replace(sign, meaning)
+    expected = expected.translate(dict(zip(map(ord, "■¿¡↵"), [*SPECIAL, "\n"])))
     assert expected in shown("records.json", f"\ufeff{record}\r\n", record)  # JSON lines
     as_list = shown("records.json", f"[\n{record},\n{record}\n]", record)
     assert as_list.endswith(f"{expected} {expected}\n")
 
-@parametrize("record", sum(rows(LEFT_OUT), []))
+@parametrize("record", sum(rows(LEFT_OUT, 1), []))
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
     said = shown("records.jsonl", f"{good}\n{record}\n{good}", record)
@@ -371,7 +363,7 @@ markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next
 """
 LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça été" as Latin-1 has it
 
-@parametrize("row", rows(TEXT_FILES))
+@parametrize("row", rows(TEXT_FILES, 4))
 def test_a_file_of_text_becomes_the_documents_that_are_in_it(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name, text, expected, says = (cell.encode().decode("unicode_escape") for cell in row)
@@ -410,12 +402,12 @@ DOCUMENTS = ["the cat sat on the mat and the rat ran from the cat to the hat\n" 
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
 RUNS = rows(f"""
 base | log | gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 --max_steps=100 --eval_every=7
-| gpt --resume | SIGKILL SIGTERM SIGHUP
+gpt --resume | SIGKILL SIGTERM SIGHUP
 chat | log_chat | sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1 --learning_rate=0.01
-| chat --prompt=hi | SIGINT
+chat --prompt=hi | SIGINT
 dpo | log_dpo | sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1
-| sft --dpo --resume | SIGKILL
-""")
+sft --dpo --resume | SIGKILL
+""", 5)
 FULL = "X" * (96 - 6)  # X is a token; so are the three special ones, two spaces and Y: 96 in all
 PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat", "rejected": "Z"}}
 {{"prompt": "who ran?", "chosen": "the rat ran", "rejected": "Z"}}
@@ -491,23 +483,16 @@ def test_closed_and_narrow_streams_are_no_tracebacks(made):
 
 TYPED = """
  | /help for help
-who ran?↵ | the rat ran
-/probs↵ | % ' rat'
-/help↵ | /top_k
-/temperature -1↵ | must be from
-/better no rat↵ | 1 corr
-where is↵the cat?↵ | .
-/better on a mat↵ | 2 corr
-where is\x03 | (?s)^(?!.*sat)
-/reset↵ | .
-who ran?↵ | the rat ran
+who ran?↵ | the rat ran | /probs↵ | % ' rat' | /help↵ | /top_k | /temperature -1↵ | must be from
+/better no rat↵ | 1 corr | where is↵the cat?↵ | . | /better on a mat↵ | 2 corr
+where is\x03 | (?s)^(?!.*sat) | /reset↵ | . | who ran?↵ | the rat ran
 """
 
 @only_posix
 def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
     a_terminal = 'exec "$1" -c "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))" "$@"'
     process = start("chat", a_terminal, TERM="dumb")
-    for typed, expected in rows(TYPED):
+    for typed, expected in rows(TYPED, 2):
         process.stdin.write(typed.replace("↵", "\n"))
         process.stdin.flush()
         said = ""
@@ -576,8 +561,8 @@ def not_for_metal(text):
             found.append(line)
     return found
 
-@parametrize("platform", ["METAL", "cuda", "tpu"])
-def test_all_that_the_programs_compile_lowers_everywhere_and_is_what_metal_can_do(made, platform, monkeypatch):
+@parametrize("platform, programs", [("METAL", 3), ("cuda", 1), ("tpu", 1)])
+def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(made, platform, programs, monkeypatch):
     texts, real_jit = {}, jax.jit  # as XLA is given it: with the run's arguments, where they are
     def jit(f, **options):
         compiled = real_jit(f, **options)
@@ -590,13 +575,14 @@ def test_all_that_the_programs_compile_lowers_everywhere_and_is_what_metal_can_d
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(gpt, "QUERIES", 30)
     monkeypatch.setattr(gpt, "on_metal", lambda: platform == "METAL")
-    for command in (f"gpt {TINY} --grad_accum=2 --dtype=bfloat16",
-                    "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"):
+    commands = [f"gpt {TINY} --grad_accum=2 --dtype=bfloat16", "sft pairs.json --init=out/base.npz",
+                "sft --dpo=prefs.json --init=out/chat.npz"]
+    for command in commands[:programs]:
         said = outcome(f"{command} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
     unsafe = " ".join(line for text in texts.values() for line in not_for_metal(text))
     found = [word for word in ("stablehlo.gather", "stablehlo.scatter", "bf16") if word in unsafe]
-    assert len(texts) > 10 and (unsafe == "" if platform == "METAL" else len(found) == 3)
+    assert (unsafe == "" and len(texts) > 10) if platform == "METAL" else len(found) == 3
     assert not_for_metal("%0 = chlo.square %x") and not_for_metal(
         "%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
 
@@ -638,29 +624,20 @@ def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_no
 
 REFUSED = """
 prepare missing; sft missing.json | missing.*: No such file
-prepare empty | too little text: 0 tokens
-sft empty | empty: no question with an answer
-prepare binary; prepare utf16 | (binary|utf16): not UTF-8; .* UTF-16
-prepare latin | latin: not UTF-8; .* iconv
-prepare cut | cut:1: damaged
+prepare empty; prepare short | too little text: [02] tokens | prepare cut | cut:1: damaged
 prepare pairs.json | too little text: 0 tokens; left out: .*sft.py.*pairs.json:1
-prepare short | too little text
+prepare binary; prepare utf16; prepare latin | (binary|utf16|latin): not UTF-8; .* iconv .* UTF-16
 prepare text.jsonl --vocab_size=3 | --vocab_size 3: must be from 259 to 65536
-gpt --n_layr 6 | did you mean --n_layer\\?
-gpt --n_embd=30 | multiple of 2 x n_head
-gpt --learning_rate=nan | --learning_rate nan: must be
-gpt --block_size=5000 | 5001 needed
-gpt --data_dir=odd | odd.train.bin: damaged
-gpt --data_dir=foreign | not a tokenizer
-gpt --init=out/base.npz --data_dir=odd | another vocabulary
+gpt --learning_rate=nan; chat --top_p=2 | --(learning_rate nan|top_p 2.0): must be from 0 to 1
+gpt --n_layr 6 | did you mean --n_layer\\? | gpt --n_embd=30 | multiple of 2 x n_head
+gpt --block_size=5000 | 5001 needed | gpt --data_dir=odd | odd.train.bin: damaged
+gpt --data_dir=foreign | not a tokenizer | gpt --init=out/base.npz --data_dir=odd | another vocabulary
 gpt --init=out/base.npz --n_layer=2 | was begun with 1
 gpt --resume --seed=7; sft --dpo --resume --seed=7 | was begun with 0
 sft other.jsonl --resume | was begun with .*pairs.json
 gpt --init=text.jsonl; gpt --resume --out_dir=nowhere; chat none.npz; chat cut.npz | (jsonl|npz): no whole checkpoint
-sft cut.json | cut.json: no question .* not JSON
-sft short; sft text.jsonl --dpo | (short|text.jsonl): no question with an answer
-sft --dpo --init=out/dpo.npz | would be overwritten
-chat --top_p=2 | --top_p 2.0: must be from 0 to 1
+sft empty; sft short; sft text.jsonl --dpo | (empty|short|text.jsonl): no question with an answer
+sft cut.json | cut.json: no question .* not JSON | sft --dpo --init=out/dpo.npz | would be overwritten
 """
 BAD_FILES = {
     "other.jsonl": '{"prompt": "a", "response": "b"}', "empty": "", "binary": "a\0b",
@@ -674,7 +651,7 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
     for name, text in BAD_FILES.items():
         write(name, text)
     before = files()
-    for commands, message in rows(REFUSED):
+    for commands, message in rows(REFUSED, 2):
         for command in commands.split("; "):
             said = outcome(command)
             assert re.match(f"error: .*{message}", said), (command, said)
