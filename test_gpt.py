@@ -38,11 +38,9 @@ B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one a
 
 # Each layer of one sequence x (T, C) returns its output y and the way back: a function of dy, the
 # gradient with respect to y, that gives dx and the gradient of the parameters.
-
 def twin_norm(x, gain):
     """y = x r gain with r = mean(x^2)^(-1/2), so dr = -r^3 x dx / C."""
     r = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-
     def back(dy):
         dh = dy * gain
         return r * dh - x * r**3 * (x * dh).mean(-1, keepdims=True), (dy * x * r).sum(0)
@@ -65,7 +63,6 @@ def twin_attention(x, wqkv, wo):
     scores = q @ k.swapaxes(1, 2) / np.sqrt(D)
     a = twin_softmax(np.where(np.tri(len(x)) > 0, scores, -np.inf))
     o = (a @ v).swapaxes(0, 1).reshape(-1, H * D)
-
     def back(dy):
         do = (dy @ wo.T).reshape(-1, H, D).swapaxes(0, 1)
         da, dv = do @ v.swapaxes(1, 2), a.swapaxes(1, 2) @ do
@@ -77,22 +74,19 @@ def twin_attention(x, wqkv, wo):
 
 def twin_mlp(x, w_up, w_down):
     u = np.maximum(x @ w_up, 0)
-
     def back(dy):
         du = dy @ w_down.T * 2 * u
         return du @ w_up.T, {"w_up": x.T @ du, "w_down": (u**2).T @ dy}
     return u**2 @ w_down, back
 
 def twin(params, x, y, w):
-    """One sequence in float64: x, y, w (T,) -> logits, the weighted sum of the losses, and its
-    gradient by hand."""
+    """One sequence in float64: x, y, w (T,) -> logits, the weighted loss, its gradient by hand."""
     h, passed, g = params["wte"][x], [], {"blocks": [{} for _ in params["blocks"]]}
     for p, gp in zip(params["blocks"], g["blocks"]):
         for gain, name, layer in ("norm1", "attn", twin_attention), ("norm2", "mlp", twin_mlp):
             n, norm_back = twin_norm(h, p[gain])
             change, back = layer(n, **p[name])
-            h = h + change
-            passed.append((gp, gain, name, norm_back, back))
+            h, passed = h + change, [*passed, (gp, gain, name, norm_back, back)]
     n, norm_back = twin_norm(h, params["norm"])
     logits = n @ params["wte"].T
     p, targets = twin_softmax(logits), np.eye(V)[y]
@@ -124,13 +118,11 @@ def assert_close(a, b, tolerance):
 @parametrize("queries", [9, 3])
 @parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, monkeypatch):
-    if dtype == "bfloat16" and gpt.on_metal():
-        pytest.skip("Metal has no bfloat16")
     monkeypatch.setattr(gpt, "QUERIES", queries)  # in one block of queries, and in three
-    cfg, twins = replace(CFG, dtype=dtype), np.array(LOGITS)
+    cfg, twins, rounded = replace(CFG, dtype=dtype), np.array(LOGITS), dtype == "bfloat16"
     logits = gpt.logits_of(PARAMS, gpt.forward(PARAMS, X, cfg)[0], cfg)
     assert_close(logits, twins, near)
-    assert (np.abs(logits - twins).max() > 1e-3) == (dtype == "bfloat16")  # it is rounded
+    assert (np.abs(logits - twins).max() > 1e-3) == (rounded and not gpt.on_metal())
     objective = jax.jit(jax.value_and_grad(partial(gpt.loss, cfg=cfg), has_aux=True))
     (total, count), gradient = objective(PARAMS, BATCH, None)
     assert total == approx(sum(LOSSES), rel=near / 5) and count == W.sum()
@@ -146,16 +138,15 @@ def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_ke
 
 def test_adam_equals_its_closed_form_with_decay_and_clipping():
     """Its means are those of all gradients so far, each with weight beta^age."""
-    params, past = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}, []
+    params, past = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}, {"matrix": [], "gain": []}
     state = gpt.new_state(dict(params))
     for t in range(5):
         grads = tree.map(lambda p: RNG.normal(size=p.shape) * 10.0 ** (t - 2), params)
         state = gpt.adam(state, grads, t + 1, 0.01, CFG)
         length = np.sqrt(sum((g**2).sum() for g in grads.values()))
-        past.append(tree.map(lambda g: g / max(1, length), grads))
         age = np.arange(t, -1, -1)  # of past[0], past[1], ...
         for name, p in params.items():
-            gs = [grads[name] for grads in past]
+            gs = past[name] = [*past[name], grads[name] / max(1, length)]
             mean, square = np.average(gs, 0, 0.9**age), np.average(np.square(gs), 0, 0.99**age)
             decay = 0.1 * p if name == "matrix" else 0
             params[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
@@ -163,8 +154,7 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping():
 
 def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
     cfg = gpt.Config(learning_rate=1.0, warmup=10 / 110, max_steps=110)
-    rates = [gpt.learning_rate(step, cfg) for step in (0, 10, 60, 110)]
-    assert rates == approx([1 / 11, 1, 0.525, 0.05])
+    assert [gpt.learning_rate(n, cfg) for n in (0, 10, 60, 110)] == approx([1 / 11, 1, 0.525, 0.05])
 
 @parametrize("micro, shard", [(1, False), (3, False), (3, True)])  # 6 devices, 2
 def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(micro, shard):
@@ -205,9 +195,8 @@ def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
 
 # ---------------------------------------------------------------- tokenizer and examples
 def naive_bpe(words, vocab_size):
-    """The definition: count all pairs anew before each merge; the most frequent one, of equals the
-    smallest. An id is a character here, so that str.replace merges; 0 to 2 are the special ids,
-    bytes follow, the first merge is 259."""
+    """The definition: before each merge count all pairs; the most frequent, of equals the smallest.
+    An id is a character, so that str.replace merges: bytes begin at 3, merges at 259."""
     words, merges = ["".join(chr(3 + b) for b in word.encode()) for word in words], []
     while 259 + len(merges) < vocab_size:
         count = Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -223,8 +212,7 @@ def tokenizer_of(text, size=320):
 
 TOKENIZER = tokenizer_of("the cat sat on the mat, the hat; user assistant end 1234 naïve café " * 3)
 
-def odd_texts():
-    """Fragments that nest and split the special tokens, among any code points."""
+def odd_texts():  # fragments that nest and split the special tokens, among any code points
     rng, fragments = np.random.default_rng(1), "<| |> user é \U0001f600 12345 'll \ud800 \0".split(" ")
     for top in [0x250, 0x110000] * 200:
         others = [*SPECIAL, " the", "  ", "\n", *map(chr, rng.integers(top, size=14))]
@@ -232,8 +220,7 @@ def odd_texts():
 
 def test_fast_training_learns_the_merges_of_the_naive_definition_and_wikipedias_example():
     for seed in range(50):
-        letters = np.random.default_rng(seed).choice(list("aaabbc  é"), 200)
-        words = "".join(letters).split(" ")
+        words = "".join(np.random.default_rng(seed).choice(list("aaabbc  é"), 200)).split(" ")
         assert prepare.train_bpe(Counter(words), 290) == naive_bpe(words, 290)
     t = Tokenizer(prepare.train_bpe(Counter(["aaabdaaabac"]), 262))
     assert [t.bytes[i] for i in t.encode("aaabdaaabac")] == [b"aaab", b"d", b"aaab", b"a", b"c"]
@@ -266,8 +253,7 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
     ids, trained = sft.render(dialogue(*texts), TOKENIZER)
     q1, a1, q2, a2 = (TOKENIZER.encode(f" {text}") for text in texts)
     assert ids == [USER, *q1, ASSISTANT, *a1, END, USER, *q2, ASSISTANT, *a2, END]
-    x, y, w = sft.shift(ids, trained, 64)
-    padding = [0] * (65 - len(ids))
+    (x, y, w), padding = sft.shift(ids, trained, 64), [0] * (65 - len(ids))
     assert [*x] == ids[:-1] + padding and [*y] == ids[1:] + padding
     assert [*y[w == 1]] == [*a1, END, *a2, END]  # not what follows an end, not the padding
 
@@ -278,17 +264,16 @@ def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns
         assert prompt == ids[:len(prompt)] and trained.index(True) == len(prompt)
     turns = dialogue(*["the cat " * 5, "a mat"] * 20, "the hat?")
     shorter = (sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2))
-    fits = next(ids for ids in shorter if len(ids) + 24 <= 64)
-    assert chat.prompt_ids(turns, TOKENIZER, 64) == fits
+    assert chat.prompt_ids(turns, TOKENIZER, 64) == next(ids for ids in shorter if len(ids) <= 40)
 
 def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     """The batch as pairs of rows, the first of each preferred; the twin gives their losses."""
     objective = jax.jit(jax.value_and_grad(partial(sft.dpo_loss, cfg=CFG, anchor=0.7), has_aux=True))
     gain = RNG.normal(size=(3, 2))  # in log-probability, over the reference
-    for order, gain in (1, gain), (-1, gain), (1, 0 * gain):  # swapped; ln 2 a pair: nothing learned
-        logp, *pairs = (np.reshape(a, (3, 2, -1))[:, ::order] for a in (np.negative(LOSSES), *BATCH))
-        logp, per_token = logp[..., 0], 0.7 / pairs[2][:, 0].sum(-1)
-        batch = [a.reshape(6, -1) for a in pairs] + [np.float32(logp - gain).ravel()]
+    for order, gain in (1, gain), (-1, gain), (1, 0 * gain):  # swapped; ln 2: nothing learned
+        logp, *xyw = (np.reshape(a, (3, 2, -1))[:, ::order] for a in (np.negative(LOSSES), *BATCH))
+        logp, per_token = logp[..., 0], 0.7 / xyw[2][:, 0].sum(-1)
+        batch = [a.reshape(6, -1) for a in xyw] + [np.float32(logp - gain).ravel()]
         (total, count), gradient = objective(PARAMS, batch, None)
         margin = CFG.beta * gain @ [1, -1]
         losses = np.log1p(np.exp(-margin)) - per_token * logp[:, 0]
@@ -296,7 +281,7 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
         doubt = CFG.beta / (1 + np.exp(margin))
         factors = np.stack([doubt + per_token, -doubt], 1)[:, ::order].ravel()  # of rows' gradients
         assert_close(gradient, tree.map(lambda *g: np.tensordot(factors, g, 1), *GRADIENTS), 1e-3)
-    batch[2][1::2] = 0  # what is rejected has no weight, beside corrections
+    batch[2] = batch[2] * np.float32([[1], [0]] * 3)  # the rejected of those beside corrections
     assert all(np.isfinite(g).all() for g in tree.leaves(objective(PARAMS, batch, None)))
 
 # ---------------------------------------------------------------- files as people have them
@@ -321,11 +306,8 @@ LEFT_OUT = """
 {"messages": [{A: "opens"}, {Q: "Q"}, {A: "A"}]} | {"messages": [{Q: [{"type": "image_url"}]}, {A: "A"}]}
 {"messages": [{Q: "Q"}, {A: "A"}, {A: "twice"}]} | {"messages": [{Q: "Q"}, {A: "all", "weight": 0}]}
 {"messages": [{Q: "Q"}, {A: null, "tool_calls": [{"id": 1}]}, {"role": "tool", "content": "4"}]}
-{"prompt": "same", "chosen": "Yes", "rejected": "Yes"} | {"prompt": "none rejected", "chosen": "Yes"}
-"""
-
-def shown(name, text, record):
-    """Write a file of records -> what is trained of it."""
+{"prompt": "same", "chosen": "Yes", "rejected": "Yes"} | {"prompt": "none rejected", "chosen": "Yes"}"""
+def shown(name, text, record):  # what is trained of a file with this text, and this record in it
     text = text.replace("{Q:", '{"role": "user", "content":')
     write(name, text.replace("{A:", '{"role": "assistant", "content":'))
     flag = "--dpo=" if "chosen" in record else ""
@@ -334,9 +316,8 @@ def shown(name, text, record):
 @parametrize("record, expected", rows(SHOWN, 2))
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
     expected = expected.translate(dict(zip(map(ord, "■¿¡↵"), [*SPECIAL, "\n"])))
-    assert expected in shown("records.json", f"\ufeff{record}\r\n", record)  # JSON lines
-    as_list = shown("records.json", f"[\n{record},\n{record}\n]", record)
-    assert as_list.endswith(f"{expected} {expected}\n")
+    assert expected in shown("lines", f"\ufeff{record}\r\n", record)
+    assert shown("list", f"[\n{record},\n{record}\n]", record).endswith(f"{expected} {expected}\n")
 
 @parametrize("record", sum(rows(LEFT_OUT, 1), []))
 def test_an_odd_record_costs_itself_and_is_named(made, record):
@@ -345,8 +326,7 @@ def test_an_odd_record_costs_itself_and_is_named(made, record):
     assert said.startswith("left out: 1 ") and "records.jsonl:2)" in said
     assert said.count("<|assistant|>[ Ho") == 2
 
-def write(name, text):
-    """Surrogates stand for bytes that are not UTF-8."""
+def write(name, text):  # surrogates stand for bytes that are not UTF-8
     path, content = Path(name), text.encode("utf-8", "surrogateescape")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes({".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)(content))
@@ -359,10 +339,8 @@ stories.txt | one\n<|endoftext|>\ntwo<|endoftext|>three | one\n;two;three | next
 dos.txt | \ufeffone\r\ntwo\rthree\n | one\ntwo\nthree\n | next
 spaces | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | next
 broken.txt | caf\xe9 na\xefve\n\udce9t\xe9 | caf\xe9 na\xefve\n\ufffdt\xe9 | not UTF-8 (the first: broken.txt:2)
-markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next
-"""
+markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next"""
 LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça été" as Latin-1 has it
-
 @parametrize("row", rows(TEXT_FILES, 4))
 def test_a_file_of_text_becomes_the_documents_that_are_in_it(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -379,8 +357,7 @@ def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, m
         write(f"in/{name}", odd.get(name, name))
     with suppress(OSError):  # Windows asks for a right
         os.symlink(tmp_path / "in", "in/sub/again")
-    says = "left out: 2 files .the first: in.latin.txt: not UTF-8; .* iconv"
-    assert re.search(says, outcome("prepare in"))
+    assert re.search("left out: 2 files .the first: in.latin.txt: not UTF-8", outcome("prepare in"))
     assert documents() == ["B.TXT", "a.md", "sub/c.txt.gz", "one", "two"]
 
 def test_printable_takes_from_text_only_what_can_steer_a_terminal():
@@ -406,14 +383,11 @@ gpt --resume | SIGKILL SIGTERM SIGHUP
 chat | log_chat | sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1 --learning_rate=0.01
 chat --prompt=hi | SIGINT
 dpo | log_dpo | sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1
-sft --dpo --resume | SIGKILL
-""", 5)
+sft --dpo --resume | SIGKILL""", 5)
 FULL = "X" * (96 - 6)  # X is a token; so are the three special ones, two spaces and Y: 96 in all
-PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat", "rejected": "Z"}}
-{{"prompt": "who ran?", "chosen": "the rat ran", "rejected": "Z"}}
-{{"prompt": "{FULL}", "chosen": "Y", "rejected": "Z"}}
-{{"prompt": "{FULL}X", "chosen": "Y", "rejected": "Z"}}
-"""
+ANSWERS = {"where is the cat?": "the cat sat on the mat", "who ran?": "the rat ran", FULL: "Y", f"{FULL}X": "Y"}
+PAIRS = "".join(f'{{"prompt": "{question}", "chosen": "{answer}", "rejected": "Z"}}\n'
+                for question, answer in ANSWERS.items())
 
 def outcome(command):
     """What a command prints; for an error its one line, after checking the exit status."""
@@ -434,8 +408,7 @@ def start(command, shell=None, **env):
     return subprocess.Popen(["sh", "-c", shell, "sh", *argv] if shell else argv, encoding="utf-8",
                             errors="surrogateescape", env=os.environ | env, **pipes)
 
-def end(process, typed=None):
-    """-> what it printed, its errors, its exit status"""
+def end(process, typed=None):  # -> what it printed, its errors, its exit status
     return *process.communicate(typed), process.returncode
 
 def documents():
@@ -447,18 +420,16 @@ def documents():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """In a new folder: a text, and a base, a chat and a DPO model from it. What was printed."""
-    before = os.getcwd()
-    os.chdir(tmp_path_factory.mktemp("made"))
-    write("pairs.json", PAIRS.replace("chosen", "response"))
-    write("prefs.json", PAIRS * 9)
-    write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
-    yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", *(run[2] for run in RUNS)]))
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("made"))
+        write("pairs.json", PAIRS.replace("chosen", "response"))
+        write("prefs.json", PAIRS * 9)
+        write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+        yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", *(r[2] for r in RUNS)]))
 
 def test_the_road_from_text_to_answers(made):
-    for says in ("next: python sft.py", "27 examples, 1 of them held out", ": 1 record(s) longer",
-                 ": 9 record(s) longer"):
-        assert says in made, made
+    says = "python sft.py.*: 1 record.s. longer.*: 9 record.s. longer.*27 examples, 1 of them held"
+    assert re.search(says, made, re.DOTALL), made
     assert documents() == DOCUMENTS
     [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
     assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
@@ -478,23 +449,19 @@ def test_piped_questions_get_one_line_each(made, where, complains):
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
     said, *rest = end(start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii"))
     assert said.startswith("caf? ?") and rest == ["", 0]
-    if os.name != "nt":
-        assert end(start("chat --prompt=hi", 'exec "$@" <&- >&-')) == ("", "", 0)
+    assert os.name == "nt" or end(start("chat --prompt=hi", 'exec "$@" <&- >&-')) == ("", "", 0)
 
 TYPED = """
  | /help for help
 who ran?↵ | the rat ran | /probs↵ | % ' rat' | /help↵ | /top_k | /temperature -1↵ | must be from
 /better no rat↵ | 1 corr | where is↵the cat?↵ | . | /better on a mat↵ | 2 corr
-where is\x03 | (?s)^(?!.*sat) | /reset↵ | . | who ran?↵ | the rat ran
-"""
-
+where is\x03 | (?s)^(?!.*sat) | /reset↵ | . | who ran?↵ | the rat ran"""
 @only_posix
 def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
     a_terminal = 'exec "$1" -c "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))" "$@"'
     process = start("chat", a_terminal, TERM="dumb")
     for typed, expected in rows(TYPED, 2):
-        process.stdin.write(typed.replace("↵", "\n"))
-        process.stdin.flush()
+        print(typed.replace("↵", "\n"), end="", file=process.stdin, flush=True)
         said = ""
         while not said.endswith("\n> "):
             assert select.select([process.stdout], [], [], 20)[0], said
@@ -508,8 +475,8 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
 
 def assert_same_run(a, b, name, log):
     """That two folders have the same bits in a finished checkpoint and the same losses in a log."""
-    state, about, *_ = gpt.load_checkpoint(f"{a}/{name}.npz", whole=True)
-    same, also, *_ = gpt.load_checkpoint(f"{b}/{name}.npz", whole=True)
+    (state, about), (same, also) = (gpt.load_checkpoint(f"{folder}/{name}.npz", whole=True)[:2]
+                                    for folder in (a, b))
     np.testing.assert_equal(state, same)
     assert about["step"] == also["step"] == about["config"]["max_steps"]
     np.testing.assert_equal(log_of(f"{a}/{log}.csv")[:, :4], log_of(f"{b}/{log}.csv")[:, :4])
@@ -532,8 +499,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(made, 
         process = start(go_on)
     assert end(process)[1:] == ("", 0) or name == "chat"
     assert_same_run(unstopped, "out", name, log)
-    kept = Path(f"out/{name}.prev.npz").read_bytes()  # a fresh run keeps the one before it
-    assert kept == (unstopped / f"{name}.npz").read_bytes()
+    kept, old = Path(f"out/{name}.prev.npz"), unstopped / f"{name}.npz"
+    assert kept.read_bytes() == old.read_bytes()  # a fresh run keeps the one before it
 
 def test_minutes_set_the_steps_once_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
@@ -547,10 +514,8 @@ METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum e
     and or not select convert return""".split()
 UNSAFE = re.compile(rf"\b(stablehlo|chlo)\.(?!({'|'.join(METAL_CAN)})\b)"  # an operation
                     r"|tensor<(\d+x){5}|tensor<(\d+x)*(?!f32|i32|i1\b)[a-z]")  # a shape or type
-
 def not_for_metal(text):
-    """The lines of a lowered program that Metal has not been seen to run: operations and types
-    outside the list, and a transpose of a broadcast (jax#25302)."""
+    """Lines that Metal has not been seen to run; a transpose of a broadcast is jax#25302."""
     found, origin = [], {}
     text = re.sub(r"array<i64|sdy\.mesh.*", "", text)  # an attribute, and where the devices are
     for line in text.splitlines():
@@ -575,10 +540,9 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(made, p
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(gpt, "QUERIES", 30)
     monkeypatch.setattr(gpt, "on_metal", lambda: platform == "METAL")
-    commands = [f"gpt {TINY} --grad_accum=2 --dtype=bfloat16", "sft pairs.json --init=out/base.npz",
-                "sft --dpo=prefs.json --init=out/chat.npz"]
-    for command in commands[:programs]:
-        said = outcome(f"{command} --max_steps=1 --eval_every=1 --out_dir=lowered")
+    for run in (f"gpt {TINY} --grad_accum=2 --dtype=bfloat16", "sft pairs.json --init=out/base.npz",
+                "sft --dpo=prefs.json --init=out/chat.npz")[:programs]:
+        said = outcome(f"{run} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
     unsafe = " ".join(line for text in texts.values() for line in not_for_metal(text))
     found = [word for word in ("stablehlo.gather", "stablehlo.scatter", "bf16") if word in unsafe]
@@ -586,12 +550,10 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(made, p
     assert not_for_metal("%0 = chlo.square %x") and not_for_metal(
         "%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
 
-@parametrize("part, factor, problem", [  # the first 1 << 16 are those of attn
-    (None, 1, ""), (None, -1, "its gradients"), (1 << 16, -1, "its gradients"),
-    (None, np.nan, "its gradients"), (None, "no number", "Error")])
+@parametrize("part, factor, problem", [(None, 1, ""), (None, -1, "gradients"), (None, "", "Error"),
+    (None, np.nan, "gradients"), (1 << 16, -1, "gradients")])  # these are those of attn
 def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(part, factor, problem, monkeypatch, capsys):
     (cpu, gpu, *_), right = jax.devices("cpu"), gpt.small_gradient
-
     def small_gradient(where):
         gradient = right(where)
         gradient[:part] *= factor if where == gpu else 1
@@ -607,9 +569,8 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(part, factor,
 
 def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(made):
     path, whole = Path("damaged.npz"), Path("out/base.npz").read_bytes()
-    state = gpt.load_checkpoint("out/base.npz")[0]
-    with np.load("out/base.npz") as file:
-        arrays, gain = {**file}, file["params.norm"]
+    state, arrays = gpt.load_checkpoint("out/base.npz")[0], {**np.load(io.BytesIO(whole))}
+    gain = arrays["params.norm"]
     for wrong in (gain * np.float32(np.nan), gain[1:], gain.astype(np.float64)):
         np.savez(path, **arrays | {"params.norm": wrong})
         assert "checkpoint (params.norm" in outcome("chat damaged.npz")
@@ -631,20 +592,17 @@ prepare text.jsonl --vocab_size=3 | --vocab_size 3: must be from 259 to 65536
 gpt --learning_rate=nan; chat --top_p=2 | --(learning_rate nan|top_p 2.0): must be from 0 to 1
 gpt --n_layr 6 | did you mean --n_layer\\? | gpt --n_embd=30 | multiple of 2 x n_head
 gpt --block_size=5000 | 5001 needed | gpt --data_dir=odd | odd.train.bin: damaged
-gpt --data_dir=foreign | not a tokenizer | gpt --init=out/base.npz --data_dir=odd | another vocabulary
-gpt --init=out/base.npz --n_layer=2 | was begun with 1
+gpt --data_dir=foreign | not a tokenizer | gpt --init=out/base.npz --data_dir=odd | another vocab
 gpt --resume --seed=7; sft --dpo --resume --seed=7 | was begun with 0
-sft other.jsonl --resume | was begun with .*pairs.json
+gpt --init=out/base.npz --n_layer=2 | begun with 1 | sft other.jsonl --resume | begun with .*pairs
 gpt --init=text.jsonl; gpt --resume --out_dir=nowhere; chat none.npz; chat cut.npz | (jsonl|npz): no whole checkpoint
 sft empty; sft short; sft text.jsonl --dpo | (empty|short|text.jsonl): no question with an answer
-sft cut.json | cut.json: no question .* not JSON | sft --dpo --init=out/dpo.npz | would be overwritten
-"""
+sft cut.json | cut.json: no q.* not JSON | sft --dpo --init=out/dpo.npz | would be overwritten"""
 BAD_FILES = {
     "other.jsonl": '{"prompt": "a", "response": "b"}', "empty": "", "binary": "a\0b",
     "utf16": "\udcff\udcfeh\0i\0", "short": "a", "latin": LATIN, "cut.npz": "PK\3\4\0\0\0\0",
     "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"', "odd/train.bin": "abc" * 99,
     "odd/tokenizer.json": TOKENIZER.to_json(), "foreign/tokenizer.json": "{}"}
-
 def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
     def files():
         return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
@@ -653,12 +611,9 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
     before = files()
     for commands, message in rows(REFUSED, 2):
         for command in commands.split("; "):
-            said = outcome(command)
-            assert re.match(f"error: .*{message}", said), (command, said)
-    faults = [("--coordinator=here", None, "here: HOST:PORT.*")]
-    if os.name != "nt":  # no file beyond 16 blocks
-        faults.append(("--seed=1", 'ulimit -f 16; exec "$@"', "File too large"))
-    for flag, shell, message in faults:
+            assert re.match(f"error: .*{message}", outcome(command)), command
+    faults = ("--coordinator=here", None, "here: HOST:PORT.*"), ("--seed=1", 'ulimit -f 16; exec "$@"', "File too large")
+    for flag, shell, message in faults[:1 if os.name == "nt" else 2]:  # no file beyond 16 blocks
         _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
         assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
     assert files() == before
@@ -666,7 +621,6 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
 def test_two_processes_train_as_one_and_fall_together(made):
     """With split parameters; when one is killed the other ends, and both go on to the same bits."""
     train = f"gpt {TINY} --max_steps=40 --eval_every=5 --learning_rate=4e-4 --dtype=float32"
-
     def start_both(flags):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -686,7 +640,7 @@ def test_two_processes_train_as_one_and_fall_together(made):
     assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
 
 def test_the_built_in_questions_never_tell_what_is_tested():
-    documents, train, test = built_in_corpus(0)
+    _, train, test = built_in_corpus(0)
     assert built_in_corpus(0)[1] == train != built_in_corpus(1)[1]
     told = {message["content"] for record in train for message in record["messages"]}
     assert {record["set"][0] for record in test} == {*"ABU"}
