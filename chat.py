@@ -34,35 +34,30 @@ def prompt_ids(messages, tokenizer, block_size):
     """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole,
     until 24 tokens are left in the context, enough for a short answer."""
     ids, _ = sft.render(messages, tokenizer)
-    if len(ids) + 24 > block_size and len(messages) > 1:
+    if len(ids) + 24 > block_size and messages[2:]:
         return prompt_ids(messages[2:], tokenizer, block_size)
     if len(ids) > block_size:
         raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}")
     return ids
 
 def load(path):
-    """-> reply(messages, cfg, seen), which gives pieces of text as they are made, never half a
-    character: a chat model's answer, or the last text and how a base model continues it. In seen
-    it notes how probable each token was."""
+    """-> reply(messages, cfg, seen): pieces, never half a character, of a chat model's answer, or
+    of the last text and how a base model continues it. Each token's probability goes to seen."""
     state, about, model, tokenizer = gpt.load_checkpoint(path)
-    generate, answers = gpt.make_generator(model), about["kind"] == "chat"
+    generate, answers, T = gpt.make_generator(model), about["kind"] == "chat", model.block_size
 
     def new_ids(ids, cfg, seen):
-        how = {name: getattr(cfg, name) for name in SAMPLING}
+        rng, how = np.random.default_rng(cfg.seed), {name: getattr(cfg, name) for name in SAMPLING}
         if cfg.temperature is None:
             how["temperature"] = 0.0 if answers else 0.8
-        rng = np.random.default_rng(cfg.seed)
-        steps = generate(state["params"], [ids], cfg.max_new_tokens, rng, **how)
-        for [id], [logits] in steps:
-            p = np.exp(logits - logits.max())
-            seen.append(f"{100 * p[id] / p.sum():6.1f} % {tokenizer.decode([id])!r}")
+        for [id], [logits] in generate(state["params"], [ids], cfg.max_new_tokens, rng, **how):
+            percent = 100 / np.exp(logits - logits[id]).sum()  # the softmax of that logit
+            seen.append(f"{percent:6.1f} % {tokenizer.decode([id])!r}")
             yield id
 
     def reply(messages, cfg, seen):
-        if answers:
-            ids, text = prompt_ids(messages, tokenizer, model.block_size), ""
-        else:
-            ids, text = [END, *tokenizer.encode(messages[-1][1])], messages[-1][1]
+        text = "" if answers else messages[-1][1]
+        ids = prompt_ids(messages, tokenizer, T) if answers else [END, *tokenizer.encode(text)]
         pieces = tokenizer.stream(new_ids(ids, cfg, seen))
         yield text or next(pieces, "").removeprefix(" ")  # render() puts a space before an answer
         yield from pieces
@@ -70,14 +65,12 @@ def load(path):
     return reply
 
 def correct(messages, better, path):
-    """Add what the last answer should have been to a file, whole or not at all, in the format of
-    trl's preferences."""
-    if not (messages and better):
+    """Add what the last answer should have been to a file, whole or not at all, as trl has it."""
+    if not messages or not better:
         raise InputError("/better TEXT says what the last answer should have been")
     *prompt, last = [{"role": role, "content": text} for role, text, _ in messages]
     line = {"prompt": prompt, "chosen": [last | {"content": better}], "rejected": [last]}
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    lines.append(json.dumps(line).encode())
+    lines = [*(path.read_bytes().splitlines() if path.exists() else []), json.dumps(line).encode()]
     with whole_file(path) as file:
         file.writelines(line + b"\n" for line in lines)
     print(f"{path}: {len(lines)} correction(s); to learn from them: python sft.py --dpo,"
@@ -87,18 +80,16 @@ def typed():
     """What is typed at the prompt. Lines that arrive together, pasted, are one question, except for
     commands. Ctrl-C gives a new prompt, Ctrl-D ends."""
     while True:
-        text = ""
         try:
             text = input("> ")
             with suppress(OSError):  # Windows cannot tell what has arrived
                 while select.select([sys.stdin], [], [], 0.02)[0]:
                     text += "\n" + input()
+            yield from filter(None, map(str.strip, re.findall(r"(?m)^/.*|(?:^[^/].*\n?)+", text)))
         except KeyboardInterrupt:
             print()
         except EOFError:
             return print()
-        # Commands, and what stands between them.
-        yield from filter(None, map(str.strip, re.findall(r"^/.*|(?:^[^/].*\n?)+", text, re.M)))
 
 def converse(reply, cfg, path):
     """At a terminal: questions, commands, and settings with their new value."""
@@ -108,12 +99,10 @@ def converse(reply, cfg, path):
         try:
             if command == "/quit":
                 return
-            elif command == "/help":
-                print(HELP)
             elif command == "/reset":
                 messages = []
-            elif command == "/probs":
-                print("\n".join(seen))
+            elif command in ("/help", "/probs"):
+                print(HELP if command == "/help" else "\n".join(seen))
             elif command == "/better":
                 correct(messages, value, path.with_name("feedback.jsonl"))
             elif line.startswith("/"):
@@ -126,22 +115,20 @@ def converse(reply, cfg, path):
                     said += piece
                 print()
                 messages = [*asked, ("assistant", said, True)]
-        except InputError as e:
+        except (InputError, KeyboardInterrupt) as e:  # Ctrl-C says nothing: the answer ends here
             print(str(e).replace("--", "/"))
-        except KeyboardInterrupt:
-            print()  # the answer ends here
 
-def answer_lines(answer):
+def answer_lines(reply, cfg):
     """Piped input: one answer a line, even where it is an error, and nothing else."""
     for number, line in enumerate(sys.stdin, 1):
         said = ""
         if "\ufffd" in line:
             print(f"standard input:{number}: not all of it is UTF-8", file=sys.stderr)
         try:
-            said = answer(line.strip())
+            said = "".join(reply([("user", line.strip(), False)], cfg, []))
         except InputError as e:
             print(f"error: standard input:{number}: {e}", file=sys.stderr)
-        print(said.replace("\n", " "), flush=True)
+        print(printable(said).replace("\n", " "), flush=True)
 
 def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
@@ -150,14 +137,10 @@ def main(argv):
         sft.make_if_missing(path, None if cfg.checkpoint else sft.main)
     gpt.check_device()
     reply = load(path)
-
-    def answer(text):
-        return printable("".join(reply([("user", text, False)], cfg, [])))
-
     if cfg.prompt is not None:
-        return print(answer(cfg.prompt))
+        return print(printable("".join(reply([("user", cfg.prompt, False)], cfg, []))))
     if not sys.stdin.isatty():
-        return answer_lines(answer)
+        return answer_lines(reply, cfg)
     with suppress(ImportError):
         import readline  # noqa: F401  line editing and history at the prompt
     print(f"{path}: ask a question, or begin a text if it is a base model; /help for help")

@@ -31,7 +31,7 @@ PREFERENCE = [("chosen",), ("rejected",)]  # for two
 
 def read_json(path):
     """JSON lines or one JSON list -> (record, "file:line")."""
-    lines = [(line, source) for line, source in read_lines(path) if line.strip()]
+    lines = [pair for pair in read_lines(path) if pair[0].strip()]
     if lines and lines[0][0].lstrip().startswith("["):
         lines = [("".join(line for line, _ in lines), path)]
     for text, source in lines:
@@ -152,8 +152,8 @@ def answer_all(params, cfg, tokenizer, asked, temperature=0.0):
     return answers
 
 def examine(models, cfg, tokenizer, test):
-    """One model, or those before and after, answer a test; print for each set of its questions how
-    many % of the answers are right, word for word, declined, wrong -> those of the last model."""
+    """Let the models, one or that before and that after, answer a test and print for each set of it
+    how many % are right, word for word, declined or wrong -> the answers of the last model."""
     dialogues = [messages for [messages], *_ in test]
     wanted = np.array([messages[-1][1].strip() for messages in dialogues])
     sets = np.array([str(record.get("set", "all")) for _, record, _ in test])
@@ -171,8 +171,7 @@ def examine(models, cfg, tokenizer, test):
 
 # ---------------------------------------------------------------- two objectives
 def imitation_loss(params, batch, key, cfg):
-    """As in pretraining, of the answers. The embedding stays as it is: names that are never asked
-    would fall behind those that are."""
+    """gpt.loss, but the embedding stays, or names never asked would fall behind those that are."""
     return gpt.loss(params | {"wte": jax.lax.stop_gradient(params["wte"])}, batch, key, cfg)
 
 def log_probs(params, x, y, w, cfg, key=None):
@@ -223,11 +222,10 @@ class Config(gpt.Config):
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(48, "rows in a micro-batch", low=1)
     max_steps: int = setting(1200, "optimiser steps [with --dpo: 200]", low=1)
-    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 2e-4]")
+    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-4]")
 
 def make_if_missing(path, script):
-    """Run the main of the script that makes a default input, unless it is there and finished; for
-    an input that was named there is none."""
+    """Have script, a main, make or finish a default input; it is None for one that was named."""
     if script and not path.exists():
         print(f"no {path} yet: it is made first")
         return script([])
@@ -293,7 +291,7 @@ def main(argv):
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 200, "learning_rate": 2e-4}
+        unset = {"max_steps": 200, "learning_rate": 3e-4}
         cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]  # read now: a pretraining would be in vain
     records, test = read_records(own, PREFERENCE if dpo else ANSWER), read_records(cfg.eval)
@@ -311,7 +309,7 @@ def main(argv):
         return examine([state["params"]], cfg, tokenizer, test)
     if dpo and Path(cfg.init) == path:
         raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-    before, corrections = gpt.load_checkpoint(cfg.init)[0]["params"] if dpo else None, []
+    corrections, before = [], gpt.load_checkpoint(cfg.init)[0]["params"] if dpo else None
     if not own:  # what comes with the built-in text; for --dpo a sixth of the test is enough
         records = read_records([*Path(cfg.data_dir).glob("qa.jsonl")])
         test = test or read_records([*Path(cfg.data_dir).glob("qa_test.jsonl")])[::6 if dpo else 1]
@@ -322,7 +320,7 @@ def main(argv):
         records += corrections * (1 + len(records) // (1 + len(corrections)))  # about half of all
         test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
     if not records:
-        raise InputError(f"no {cfg.data_dir}/qa.jsonl: name a file (or /better, for --dpo)")
+        raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file")
     rows = rows_of(records, tokenizer, cfg.block_size)
     if cfg.show:
         return print("\n".join(show(row, tokenizer) for some in rows[:cfg.show] for row in some))
