@@ -464,7 +464,7 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
         print(typed.replace("↵", "\n"), end="", file=process.stdin, flush=True)
         said = ""
         while not said.endswith("\n> "):
-            assert select.select([process.stdout], [], [], 20)[0], said
+            assert select.select([process.stdout], [], [], 60)[0], said
             said += os.read(process.stdout.fileno(), 9999).decode()
         assert re.search(expected, said), said
     assert end(process, "\x04")[1:] == ("", 0)
