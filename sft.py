@@ -202,8 +202,9 @@ def built_in_preferences(params, cfg, tokenizer, records, alone):
     makes up or, if it makes up nothing, the answer to another question. Beside corrections, not
     alone, they only keep the rest as it is: what is rejected has no weight, or much would shift."""
     found = [messages for [messages], *_ in records if len(messages) == 2]
-    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1300]
-    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:700]
+    n = 700 if alone else 1300
+    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:n]
+    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:2000 - n]
     said = answer_all(params, cfg, tokenizer, unknown, temperature=1.2) if alone else [""] * 700
     wrong = [another if text in ("", DONT_KNOW) else text
              for text, (_, (_, another, _)) in zip(said, cycle(known))]
