@@ -83,7 +83,7 @@ def on_metal():
 
 def fast_dtype():
     """bfloat16 where the CPU multiplies it natively, as Linux tells; on several hosts (see join)
-    where all of them do."""
+    where all of them do: process_allgather collects one value from each."""
     cpu = Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
     native = native and jax.__version_info__ >= (0, 10)
@@ -317,7 +317,8 @@ def put(array, placement):
     return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
 
 def make_step(objective, batch_at, cfg, placed):
-    """-> step(state, number, rate), the number-th step (from 0) -> (state, loss).
+    """-> step(state, number, rate), the number-th step (from 0) -> (state, loss). The old state's
+    memory is donated to the new one where the platform can do that.
     objective(params, batch, key) -> (sum, count) of a micro-batch; batch_at(n) gives the n-th of
     the run; placed: where the state lives. Micro-batches are added up, then divided once."""
     whole, split = placements(cfg.batch_size)
@@ -335,7 +336,7 @@ def make_step(objective, batch_at, cfg, placed):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
             batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
-            key = np.array([cfg.seed, n], np.uint32)
+            key = np.array([cfg.seed, n], np.uint32)  # two numbers, as jax.random takes them
             new = gradient(state["params"], batch, key)  # ((sum, count), gradients)
             jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
             sums = jax.tree.map(jnp.add, sums, new) if sums else new
@@ -357,8 +358,8 @@ def load_tokens(path, tokenizer, at_least):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins with a document, if one begins within T, or its
-    first tokens would lack what they follow from. Documents in one row do see each other."""
+    that a resumed run sees the same. A row begins with a document, if one begins within T:
+    otherwise its first tokens would lack what they follow from. Documents in a row see each other."""
     batch = np.empty((n, T + 1), np.int32)
     starts = np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)
     for row, start in enumerate(starts):
@@ -537,7 +538,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                 more = process_allgather(np.array(left / np.median(times))).min()
                 cfg = replace(cfg, max_steps=done + max(1, int(more)))
                 print(f"{cfg.max_steps} steps in {cfg.minutes:g} minutes")
-            last = stopped or done == cfg.max_steps or not math.isfinite(value)  # save() raises
+            last = stopped or done == cfg.max_steps or not math.isfinite(value)  # save() refuses
             due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")
             if last or due or done == 1 or done % cfg.log_every == 0:
