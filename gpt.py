@@ -359,7 +359,7 @@ def load_tokens(path, tokenizer, at_least):
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
     that a resumed run sees the same. A row begins with a document, if one begins within T:
-    otherwise its first tokens would lack what they follow from. Documents in a row see each other."""
+    else its first tokens would lack what they follow from. Documents in a row see each other."""
     batch = np.empty((n, T + 1), np.int32)
     starts = np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)
     for row, start in enumerate(starts):
