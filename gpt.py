@@ -69,8 +69,9 @@ class Config:
     vocab_size: int = 0  # the tokenizer's, not a flag
 
 MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # fixed for good
-MAY_CHANGE = {"max_steps", "eval_every", "log_every", "data_dir", "eval", "shard_params",
-              "coordinator", "num_processes", "process_id"}  # on --resume; eval is of sft.py
+MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "shard_params",
+              "coordinator", "num_processes", "process_id",  # on --resume
+              "eval"}  # of sft.py
 SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
 
 def device():
@@ -381,7 +382,7 @@ def make_validation(ids, tokenizer, cfg):
 
     def validate(params):
         nats = [np.asarray(losses(params, put(a, split), put(b, split))) for a, b in zip(x, y)]
-        total = np.sum(np.ravel(nats)[:count], dtype=float)
+        total = np.ravel(nats)[:count].sum(dtype=float)
         return total / count, total / math.log(2) / max(1, size)
 
     return validate
@@ -532,12 +533,11 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             done, value = done + 1, float(value)  # waits for the device
             times.append(time.time() - started)
             stopped = process_allgather(np.array(bool(wishes))).any()  # all after the same step
-            if cfg.minutes and len(times) == 10 and done < 20:  # stopped before that: once more
-                # The first steps are low in the warm-up, whatever max_steps is.
-                left = 60 * cfg.minutes - (time.time() - began)
-                more = process_allgather(np.array(left / np.median(times))).min()
-                cfg = replace(cfg, max_steps=done + max(1, int(more)))
-                print(f"{cfg.max_steps} steps in {cfg.minutes:g} minutes")
+            if cfg.minutes and len(times) == 10:  # low in the warm-up, whatever max_steps is
+                left = (60 * cfg.minutes - (time.time() - began)) / np.median(times)
+                steps = done + max(1, int(process_allgather(np.array(left)).min()))
+                print(f"{steps} steps in {cfg.minutes:g} minutes")
+                cfg = replace(cfg, max_steps=steps, minutes=0.0)  # it is not asked again
             last = stopped or done == cfg.max_steps or not math.isfinite(value)  # save() refuses
             due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")

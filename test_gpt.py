@@ -612,7 +612,8 @@ def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
     for commands, message in rows(REFUSED, 2):
         for command in commands.split("; "):
             assert re.match(f"error: .*{message}", outcome(command)), command
-    faults = ("--coordinator=here", None, "here: HOST:PORT.*"), ("--seed=1", 'ulimit -f 16; exec "$@"', "File too large")
+    faults = [("--coordinator=here", None, "here: HOST:PORT.*"),
+              ("--seed=1", 'ulimit -f 16; exec "$@"', "File too large")]
     for flag, shell, message in faults[:1 if os.name == "nt" else 2]:  # no file beyond 16 blocks
         _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
         assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
