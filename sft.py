@@ -12,7 +12,7 @@ of answers have weight. Reading order: records, rows, answers, the two objective
 import json, zlib
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, cycle, groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import gpt
@@ -197,19 +197,18 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
     return loss.sum(), jnp.float32(n // 2)
 
 def built_in_preferences(params, cfg, tokenizer, records, alone):
-    """Records of questions and answers -> of preferences. Of what is known, the answer is chosen
-    and "I do not know that." rejected; of what is not, that is chosen and rejected what the model
-    makes up or, if it makes up nothing, the answer to another question. Beside corrections, not
-    alone, they only keep the rest as it is: what is rejected has no weight, or much would shift."""
+    """Records of questions and answers -> of preferences: the answer is chosen, what the model says
+    itself is rejected if it is wrong: made up, or "I do not know that." of what it was told. The
+    other rejected ones have no weight; so have all beside corrections, not alone: then these
+    questions only keep the rest as it is."""
     found = [messages for [messages], *_ in records if len(messages) == 2]
-    n = 700 if alone else 1300
-    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:n]
-    unknown = [messages for messages in found if messages[1][1] == DONT_KNOW][:2000 - n]
-    said = answer_all(params, cfg, tokenizer, unknown, temperature=1.2) if alone else [""] * 700
-    wrong = [another if text in ("", DONT_KNOW) else text
-             for text, (_, (_, another, _)) in zip(said, cycle(known))]
-    return [([[question, answer], [question, ("assistant", bad, alone)]], {}, "")
-            for (question, answer), bad in zip(known + unknown, [DONT_KNOW] * len(known) + wrong)]
+    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1300]
+    found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:700]
+    said = [""] * len(found)
+    if alone:
+        said = answer_all(params, cfg, tokenizer, found, temperature=1.2)
+    bad = [("assistant", s, s not in ("", m[1][1])) for s, m in zip(said, found)]
+    return [([messages, [messages[0], b]], {}, "") for messages, b in zip(found, bad)]
 
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
