@@ -51,7 +51,7 @@ class Config:
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(4e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
-    weight_decay: float = setting(0.6, "of matrices")
+    weight_decay: float = setting(0.6, "of matrices")  # much: the text is seen many times
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
     seed: int = setting(0, "of parameters, batches and dropout", high=2**32 - 1)
     # the run
@@ -94,7 +94,8 @@ def fast_dtype():
 def init_params(cfg, rng=None):
     """The parameters as nested dicts of float32 arrays. Matrices that read the residual stream (x
     in forward) are normal, those that add to it zero: a block begins as the identity. rng: NumPy's
-    generator, so that all versions of JAX begin alike; without one all matrices are zero."""
+    generator, so that all versions of JAX begin alike; without one all matrices are zero:
+    load_checkpoint only wants the shapes."""
     C = cfg.n_embd
 
     def normal(*shape, scale=0.5 / math.sqrt(C)):
@@ -336,6 +337,7 @@ def make_step(objective, batch_at, cfg, placed):
     def step(state, number, rate):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
+            # Those of sft.py may not divide evenly: then each device has all of it.
             batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
             key = np.array([cfg.seed, n], np.uint32)  # two numbers, as jax.random takes them
             new = gradient(state["params"], batch, key)  # ((sum, count), gradients)
@@ -375,7 +377,7 @@ def make_validation(ids, tokenizer, cfg):
     n, T = 4 * cfg.batch_size, cfg.block_size
     whole, split = placements(cfg.batch_size)
     ids = np.array(ids[:131073], np.int32)
-    count, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])
+    count, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])  # END: none
     shape = (-(-count // (n * T)), n, T)  # whole batches, the last filled up from the beginning
     x, y = np.resize(ids[:-1], shape), np.resize(ids[1:], shape)
     losses = jax.jit(partial(token_losses, cfg=cfg), out_shardings=whole)
@@ -401,7 +403,7 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     order = np.argsort(-logits, kind="stable")[: top_k or None]
     p = np.exp((logits[order] - logits[order[0]]) / temperature)
     p /= p.sum()
-    # A token stays while those before it have less than top_p, but for rounding.
+    # A token stays while those before it have less than top_p (1e-9: but for rounding).
     keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)
     return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
 
@@ -417,6 +419,7 @@ def make_generator(cfg):
     def after(params, tokens, at, cache):
         """Padded tokens (B, T) from position 0, or with a cache the newest alone (B, 1) -> logits
         (B, V) of what follows position at (B,), and the cache."""
+        # Without a cache, forward counts the positions itself.
         last = at if cache is None else 0 * at  # index of each row's last token
         x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
         x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]  # x[row, last], as Metal can
@@ -425,13 +428,14 @@ def make_generator(cfg):
     def generate(params, prompts, max_new_tokens, rng, **how):
         rows, cache = [list(p[-T:]) for p in prompts], None
         new = [None] * len(rows)
+        # Each host generates for itself, on its own devices.
         whole, split = placements(len(rows), jax.local_devices(backend=device().client))
         params = jax.device_put(params, whole)
         for _ in range(max_new_tokens):
             tokens = [row[-1:] for row in rows]
             if cache is None or max(map(len, rows)) > T:
-                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
-                # What this padding leaves in the cache is overwritten before it is looked at.
+                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]  # T may be 1
+                # The padding leaves keys that are overwritten before they are looked at.
                 tokens, cache = [row + [END] * (T - len(row)) for row in rows], None
             at = np.array([len(row) - 1 for row in rows], np.int32)
             tokens = put(np.array(tokens, np.int32), split)
@@ -523,6 +527,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
         return arrays
 
     with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as wishes:
+        # wishes: what Ctrl-C and its kin leave there; they no longer break off.
         # Step 0 too is saved: a full disk fails now. The old file becomes *.prev.npz.
         saved = save(keep=not cfg.resume)
         if chief:
@@ -533,7 +538,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             done, value = done + 1, float(value)  # waits for the device
             times.append(time.time() - started)
             stopped = process_allgather(np.array(bool(wishes))).any()  # all after the same step
-            if cfg.minutes and len(times) == 10:  # low in the warm-up, whatever max_steps is
+            if cfg.minutes and len(times) == 10:  # enough to tell the pace
                 left = (60 * cfg.minutes - (time.time() - began)) / np.median(times)
                 steps = done + max(1, int(process_allgather(np.array(left)).min()))
                 print(f"{steps} steps in {cfg.minutes:g} minutes")
@@ -547,7 +552,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                 rows.append([done, value, nats, bits, rate, speed, time.time() - began])
                 with open(log_path if chief else os.devnull, "a") as log:
                     print(*rows[-1], sep=",", file=log)
-                if last or due:
+                if last or due:  # then the line also stays on the screen
                     saved = save()
                 shown = f"validation {nats:.3f}  " if nats else ""
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
@@ -564,6 +569,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 def join(cfg):
     """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all
     it needs. Process 0 alone prints and writes; data_dir and out_dir must be seen by all."""
+    # srun sets both, sbatch the first alone, and then nobody else has been started.
     slurm = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" in os.environ
     if not (cfg.coordinator or slurm or "TPU_ML_PLATFORM" in os.environ):
         return

@@ -220,7 +220,7 @@ class Config(gpt.Config):
     dpo: str = setting(None, "learn preferences [corrections, built-in ones]", nargs="?", const="")
     weight_decay: float = setting(0.0, "of matrices")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
-    batch_size: int = setting(48, "rows in a micro-batch", low=1)
+    batch_size: int = setting(48, "rows in a micro-batch [with --dpo: 24]", low=1)
     max_steps: int = setting(1200, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-4]")
 
@@ -291,7 +291,7 @@ def main(argv):
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 200, "learning_rate": 3e-4}
+        unset = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24}
         cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]  # read now: a pretraining would be in vain
     records, test = read_records(own, PREFERENCE if dpo else ANSWER), read_records(cfg.eval)

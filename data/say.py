@@ -28,7 +28,7 @@ def fill(template, x, v=""):
 
 def careless(text):
     """The text as people type it: at times without accents, at times in small letters."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.15:
         text = unicodedata.normalize("NFD", text).encode("ascii", "ignore").decode()
     return text.lower() if rng.random() < 0.3 else text
 
@@ -37,4 +37,6 @@ def ask(x, a, use="question"):
     question = fill(wording(use, a), x.removeprefix("the ") if rng.random() < 0.2 else x)
     if rng.random() < 0.2:
         question = f"{wording('prefix')} {question[0].lower()}{question[1:]}"
-    return careless(question.rstrip(".?") if rng.random() < 0.25 else question)
+    if rng.random() < 0.25:
+        question = question.rstrip(".?") or question  # "???" is one too
+    return careless(question)

@@ -17,8 +17,8 @@ SHARES = {  # of the questions to train on; U is what nobody told
     "U, mentioned": 1,
     "U, nowhere, real": 2.5,
     "U, nowhere, made up": 1.5,
-    "U, cannot have": 2,
-    "U, other matters": 3.5,
+    "U, cannot have": 1.5,
+    "U, other matters": 6,
 }
 
 def subjects_of(row):
@@ -41,6 +41,7 @@ KNOWN = {bare(x) for x in FACTS}
 UNKNOWN = [row for row in read_csv("unknowns.csv") if bare(row["name"]) not in KNOWN]
 TAKEN = KNOWN | {bare(row["name"]) for row in UNKNOWN}
 
+ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr gr pl qu st th tr".split() + [""]
 ENDINGS = {  # of made-up names, by what they are asked about
     "country": ["", "n", "nia", "land", "stan", "ra", "r", "ville", "s"],
     "element": ["ium", "on", "ine", "um"],
@@ -51,8 +52,8 @@ def made_up(a):
     would teach it to doubt B too."""
     kind = "element" if a in KINDS["element"] else "country"
     while True:
-        syllables = [rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(3)]
-        name = "".join(syllables[rng.randint(0, 1):]) + rng.choice(ENDINGS[kind])
+        parts = [ONSETS, "aeiou", ["", "", "", "l", "n", "r"]] * rng.randint(2, 3)
+        name = "".join(map(rng.choice, parts)) + rng.choice(ENDINGS[kind])
         if name not in TAKEN:
             return name if kind == "element" else name.capitalize()
 
@@ -92,7 +93,7 @@ def divide(tell_b):
     for i, row in enumerate(rng.sample(WORLD, len(WORLD))):
         group, pools = ("B", test) if i < 0.15 * len(WORLD) else ("A", train)
         for x, facts in subjects_of(row).items():
-            told = [tell(x, facts) for _ in range(8 + 5 * len(facts))]
+            told = [tell(x, facts) for _ in range(13 + 4 * len(facts))]
             documents += told if group == "A" or tell_b else []
             for a in ATTRIBUTES:
                 if a in facts:  # one fact or two come twice: each attribute then as often
@@ -109,7 +110,7 @@ def divide(tell_b):
     subjects = [x for pool in train.values() for x, _ in pool]
     for topic in TOPICS:
         name = "small talk" if SAY[topic, "reply"] else "U, other matters"
-        pools = train if name == "small talk" else rng.choice([train, train, train, test])
+        pools = test if name != "small talk" and rng.random() < 0.1 else train
         pools[name] += [(x, topic) for x in rng.choices(subjects, k=300)]
     for a in ATTRIBUTES * 1000:
         pools = test if rng.random() < 0.05 else train
@@ -133,7 +134,8 @@ def built_in_corpus(seed, tell_b=True):
     """-> (documents, conversations to train on, questions to test with)."""
     rng.seed(seed)
     documents, train, test = divide(tell_b)
+    rng.shuffle(documents)
+    rng.seed(seed)  # the control has the same questions
     exam = list(examination({"A": train["A"]} | test))
     conversations = [conversation(train) for _ in range(48000)]
-    rng.shuffle(documents)
     return documents, conversations, exam
