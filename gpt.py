@@ -68,10 +68,11 @@ class Config:
     process_id: int = setting(0, "which of them this one is, from 0")
     vocab_size: int = 0  # the tokenizer's, not a flag
 
-MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # fixed for good
+# Names of settings, for inherit(). MODEL always comes from the checkpoint that a run starts from;
+# on --resume everything does, except what is given anew and may change.
+MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
 MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "shard_params",
-              "coordinator", "num_processes", "process_id",  # on --resume
-              "eval"}  # of sft.py
+              "coordinator", "num_processes", "process_id", "eval"}  # eval is one of sft.py
 SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
 
 def device():
@@ -87,7 +88,7 @@ def fast_dtype():
     where all of them do: process_allgather collects one value from each."""
     cpu = Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
-    native = native and jax.__version_info__ >= (0, 10)
+    native = native and jax.__version_info__ >= (0, 10)  # jax 0.5.0 gains nothing at larger sizes
     return "bfloat16" if process_allgather(np.array(native)).all() else "float32"
 
 # ---------------------------------------------------------------- parameters: nested dicts
@@ -98,7 +99,8 @@ def init_params(cfg, rng=None):
     load_checkpoint only wants the shapes."""
     C = cfg.n_embd
 
-    def normal(*shape, scale=0.5 / math.sqrt(C)):
+    # With 1 / sqrt(C) a product's numbers are about as large as those of the vector it is made of.
+    def normal(*shape, scale=1 / math.sqrt(C)):
         return np.float32(rng.normal(0, scale, shape)) if rng else zeros(*shape)
 
     def zeros(*shape):
@@ -253,9 +255,9 @@ def rounded_forward(x, w, axis):
 
 def rounded_backward(axis, saved, dy):
     x, w = saved
-    tokens = list(range(x.ndim - 1))  # all axes but the last: the gradient of w is a sum over them
+    leading = list(range(x.ndim - 1))  # all axes but the last: the gradient of w is a sum over them
     a, b = (x, dy) if axis == 0 else (dy, x)
-    return rounded(dy, w, (-1, 1 - axis)), rounded(a, b, (tokens, tokens))
+    return rounded(dy, w, (-1, 1 - axis)), rounded(a, b, (leading, leading))
 
 rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
@@ -368,16 +370,16 @@ def random_batch(ids, n, T, seed, number):
     for row, start in enumerate(starts):
         ends = np.flatnonzero(ids[start:start + T] == END)
         if len(ends) and start + ends[0] + T + 2 <= len(ids):
-            start += ends[0] + 1
+            start += ends[0] + 1  # the token after END
         batch[row] = ids[start:start + T + 1]
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 def make_validation(ids, tokenizer, cfg):
     """-> a function of the parameters: (nats a token, bits a byte) over the first 131,072 ids."""
-    n, T = 4 * cfg.batch_size, cfg.block_size
+    n, T = 4 * cfg.batch_size, cfg.block_size  # without gradients more rows fit
     whole, split = placements(cfg.batch_size)
     ids = np.array(ids[:131073], np.int32)
-    count, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])  # END: none
+    count, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])  # END has 0
     shape = (-(-count // (n * T)), n, T)  # whole batches, the last filled up from the beginning
     x, y = np.resize(ids[:-1], shape), np.resize(ids[1:], shape)
     losses = jax.jit(partial(token_losses, cfg=cfg), out_shardings=whole)
@@ -403,7 +405,7 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     order = np.argsort(-logits, kind="stable")[: top_k or None]
     p = np.exp((logits[order] - logits[order[0]]) / temperature)
     p /= p.sum()
-    # A token stays while those before it have less than top_p (1e-9: but for rounding).
+    # A token stays while those before it sum to less than top_p; the factor allows for rounding.
     keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)
     return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
 
@@ -419,7 +421,7 @@ def make_generator(cfg):
     def after(params, tokens, at, cache):
         """Padded tokens (B, T) from position 0, or with a cache the newest alone (B, 1) -> logits
         (B, V) of what follows position at (B,), and the cache."""
-        # Without a cache, forward counts the positions itself.
+        # forward takes the position only with a cache; without one it counts them itself.
         last = at if cache is None else 0 * at  # index of each row's last token
         x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
         x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]  # x[row, last], as Metal can
@@ -434,7 +436,8 @@ def make_generator(cfg):
         for _ in range(max_new_tokens):
             tokens = [row[-1:] for row in rows]
             if cache is None or max(map(len, rows)) > T:
-                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]  # T may be 1
+                # T may be 1: row[-0:] would be all of it.
+                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
                 # The padding leaves keys that are overwritten before they are looked at.
                 tokens, cache = [row + [END] * (T - len(row)) for row in rows], None
             at = np.array([len(row) - 1 for row in rows], np.int32)
@@ -482,7 +485,7 @@ def load_checkpoint(path, whole=False):
                 if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
                     raise ValueError(f"{name} is no finite float32 array of shape {like.shape}")
                 found.append(a)
-        tokenizer = Tokenizer.load(path, about["tokenizer"])
+        tokenizer = Tokenizer.load(path, about["tokenizer"])  # path for messages
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); there may be an"
                          " earlier one, *.prev.npz") from None
@@ -490,9 +493,10 @@ def load_checkpoint(path, whole=False):
 
 def inherit(cfg, given, about, path):
     """cfg with what the checkpoint at path was made with: on --resume all settings but those that
-    may change and are given, else those of the model. A flag that says otherwise is refused."""
+    may change and are given, else those of the model. given: the names of the flags on the command
+    line; one that says otherwise than the checkpoint is refused."""
     saved, names = about["config"], MODEL
-    if cfg.resume:  # all that was saved, but what was given and may change
+    if cfg.resume:
         names = saved.keys() - (MAY_CHANGE & given) - {"resume", "out_dir"}
     for name in given & names:
         if saved[name] != getattr(cfg, name):
@@ -517,6 +521,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     placed = placements_of(state, cfg)
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
+    # Changes nothing but where it lies: whole on every device.
     gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
     def save(keep=False):
@@ -543,7 +548,8 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                 steps = done + max(1, int(process_allgather(np.array(left)).min()))
                 print(f"{steps} steps in {cfg.minutes:g} minutes")
                 cfg = replace(cfg, max_steps=steps, minutes=0.0)  # it is not asked again
-            last = stopped or done == cfg.max_steps or not math.isfinite(value)  # save() refuses
+            # If the loss is not finite, save() raises an error below, and that ends the run.
+            last = stopped or done == cfg.max_steps or not math.isfinite(value)
             due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")
             if last or due or done == 1 or done % cfg.log_every == 0:
@@ -654,6 +660,7 @@ def main(argv):
         print(f"error: a process is out of reach ({str(e)[:99]!r}); start all with --resume",
               file=sys.stderr, flush=True)
         os._exit(2)  # at once: jax would wait for the others
+    # END, which follows each document, alone: a new document begins.
     steps = make_generator(cfg)(state["params"], [[END]], 2 * cfg.block_size,
                                 np.random.default_rng(cfg.seed), temperature=0.8)
     print(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
