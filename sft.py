@@ -19,7 +19,7 @@ import gpt
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data.world import DONT_KNOW
+from data.world import DONT_KNOW, reworded, rng
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, printable
 from prepare import read_flags, read_lines, report, run, setting, show_progress
 
@@ -95,7 +95,6 @@ def read_records(paths, kind=ANSWER):
 # ---------------------------------------------------------------- rows: what a step is trained on
 def render(messages, tokenizer):
     """Messages -> (ids, which of them are trained):
-
         [("user", "hi", False), ("assistant", "ho", True)]
         ->  <|user|>  hi  <|assistant|>  ho   <|end|>
             False     ..  False          True True
@@ -198,12 +197,11 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
 
 def built_in_preferences(params, cfg, tokenizer, records, alone):
     """Records of questions and answers -> of preferences: the answer is chosen, what the model says
-    itself is rejected if it is wrong: made up, or "I do not know that." of what it was told. The
-    other rejected ones have no weight; so have all beside corrections, not alone: then these
-    questions only keep the rest as it is."""
+    itself is rejected if it is wrong: made up, or "I do not know that." of what it was told. Other
+    rejected ones have no weight, nor has any beside corrections: these keep the rest as it is."""
     found = [messages for [messages], *_ in records if len(messages) == 2]
     known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1300]
-    found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:700]
+    found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:900]
     said = [""] * len(found)
     if alone:
         said = answer_all(params, cfg, tokenizer, found, temperature=1.2)
@@ -220,8 +218,8 @@ class Config(gpt.Config):
     dpo: str = setting(None, "learn preferences [corrections, built-in ones]", nargs="?", const="")
     weight_decay: float = setting(0.0, "of matrices")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
-    batch_size: int = setting(48, "rows in a micro-batch [with --dpo: 24]", low=1)
-    max_steps: int = setting(1200, "optimiser steps [with --dpo: 200]", low=1)
+    batch_size: int = setting(16, "rows in a micro-batch [with --dpo: 24]", low=1)
+    max_steps: int = setting(5400, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-4]")
 
 def make_if_missing(path, script):
@@ -317,7 +315,11 @@ def main(argv):
         corrected = read_records([*out_dir.glob("feedback.jsonl")], PREFERENCE)
         corrections = [*{str(r[0][0][:-1]): r for r in corrected}.values()]  # the last of each
         records = built_in_preferences(before, cfg, tokenizer, records, alone=not corrections)
-        records += corrections * (1 + len(records) // (1 + len(corrections)))  # about half of all
+        rng.seed(cfg.seed)
+        times = 1 + len(records) // (1 + 4 * len(corrections))  # a fifth of all
+        for found, *rest in corrections * times:
+            asked = ("user", reworded(found[0][-2][1], found[0][-1][1]), False)
+            records += [([[*m[:-2], asked, m[-1]] for m in found], *rest)]
         test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
     if not records:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file")

@@ -17,7 +17,7 @@ import chat, gpt, prepare, sft
 import jax
 import numpy as np
 import pytest
-from data.world import built_in_corpus
+from data.world import built_in_corpus, reworded
 from jax import tree
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
 
@@ -626,8 +626,7 @@ def test_two_processes_train_as_one_and_fall_together(made):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         both = f"{train} {flags} --coordinator=127.0.0.1:{port} --num_processes=2 --shard_params"
-        one_device = "--xla_force_host_platform_device_count=1"
-        return [start(f"{both} --process_id={i}", XLA_FLAGS=one_device) for i in (0, 1)]
+        return [start(f"{both} --process_id={i}", XLA_FLAGS="--xla_force_host_platform_device_count=1") for i in (0, 1)]
     outcome(f"{train} --out_dir=one")
     first, second = start_both("--out_dir=halves")
     assert any(line.startswith("step") for line in first.stdout)  # it has saved
@@ -642,9 +641,10 @@ def test_two_processes_train_as_one_and_fall_together(made):
 
 def test_the_built_in_questions_never_tell_what_is_tested():
     _, train, test = built_in_corpus(0)
-    assert built_in_corpus(0)[1] == train != built_in_corpus(1)[1]
+    assert built_in_corpus(0)[1] == train != built_in_corpus(1)[1] and {r["set"][0] for r in test} == {*"ABU"}
     told = {message["content"] for record in train for message in record["messages"]}
-    assert {record["set"][0] for record in test} == {*"ABU"}
     for record in test:
         assert not record["set"].startswith("B") or record["response"] not in told
         assert "new wording" not in record["set"] or record["instruction"] not in told
+    asked = {reworded("same", "The capital of Qo is Zed.") for _ in range(99)} - {"same"}
+    assert len(asked) > 30 and all("qo" in question.lower() for question in asked)

@@ -27,16 +27,23 @@ def fill(template, x, v=""):
     return text[0].upper() + text[1:]
 
 def careless(text):
-    """The text as people type it: at times without accents, at times in small letters."""
+    """The text as people type it: at times without accents, apostrophes or capital letters."""
     if rng.random() < 0.15:
         text = unicodedata.normalize("NFD", text).encode("ascii", "ignore").decode()
+    if rng.random() < 0.1:
+        text = text.replace("'", "")
     return text.lower() if rng.random() < 0.3 else text
 
 def ask(x, a, use="question"):
-    """A question as people type it: with words before it, without "the", without its mark."""
-    question = fill(wording(use, a), x.removeprefix("the ") if rng.random() < 0.2 else x)
+    """A question as people type it: with words before or after it, without "the", without its mark,
+    with a capital letter for "Gold"."""
+    name = x.removeprefix("the ") if rng.random() < 0.2 else x
+    name = name[0].upper() + name[1:] if rng.random() < 0.1 else name
+    question = fill(wording(use, a), name)
     if rng.random() < 0.2:
         question = f"{wording('prefix')} {question[0].lower()}{question[1:]}"
     if rng.random() < 0.25:
         question = question.rstrip(".?") or question  # "???" is one too
+    if rng.random() < 0.15:
+        question = f"{question} {wording('suffix')}"
     return careless(question)

@@ -1,6 +1,7 @@
 """The built-in corpus: documents that tell facts about countries and elements, and questions,
 some of which nobody told the answer to. prepare.py runs it when it is given no text. How all
 this is worded is in data/say.py."""
+import re
 from collections import defaultdict
 
 from data.say import SAY, ask, careless, fill, read_csv, rng
@@ -18,7 +19,7 @@ SHARES = {  # of the questions to train on; U is what nobody told
     "U, nowhere, real": 2.5,
     "U, nowhere, made up": 1.5,
     "U, cannot have": 1.5,
-    "U, other matters": 6,
+    "U, other matters": 5,
 }
 
 def subjects_of(row):
@@ -71,13 +72,23 @@ def answer(x, a):
         return fill(SAY[a, "statement"][0], x, value(x, a))
     return SAY[a, "reply"][0] if SAY[a, "reply"] else DONT_KNOW
 
+def reworded(question, statement):
+    """The question or, half the time, another one that has the statement for an answer, if that is
+    worded as here: "The capital of Togo is Lomé." also answers "Which city runs Togo?"."""
+    for a in ATTRIBUTES:
+        for template in SAY[a, "statement"]:
+            found = re.fullmatch(fill(template, "(?P<x>.+)", ".+"), statement)
+            if found and rng.random() < 0.5:
+                return ask(found["x"], a)
+    return question
+
 def conversation(pools):
-    """A question and its answer; at times another, or the same thing about another subject, or
+    """A question and its answer; mostly another, at times the same thing about another subject, or
     another thing about the same subject."""
     names = rng.choices(list(SHARES), SHARES.values(), k=2)
     (x, a), (y, b) = (rng.choice(pools[name]) for name in names)
     asked, messages = [(x, a, "question")], []
-    if rng.random() < 0.15:
+    if rng.random() < 0.6:
         asked += [(y, b, "question")]
     elif SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3:
         asked += [rng.choice([(x, b, "follow-up"), (y, a, "follow-up subject")])]
@@ -90,10 +101,12 @@ def divide(tell_b):
     """-> (documents, what to train on, what to test with: {set: [(subject, attribute), ...]}).
     A is told and asked, B told (but in the control) and never asked; U is unknown."""
     documents, train, test = [], defaultdict(list), defaultdict(list)
+    never_asked = set()
     for i, row in enumerate(rng.sample(WORLD, len(WORLD))):
         group, pools = ("B", test) if i < 0.15 * len(WORLD) else ("A", train)
         for x, facts in subjects_of(row).items():
-            told = [tell(x, facts) for _ in range(13 + 4 * len(facts))]
+            never_asked |= {bare(x)} if group == "B" else set()
+            told = [tell(x, facts) for _ in range(21 + 2 * len(facts))]
             documents += told if group == "A" or tell_b else []
             for a in ATTRIBUTES:
                 if a in facts:  # one fact or two come twice: each attribute then as often
@@ -106,8 +119,10 @@ def divide(tell_b):
             documents += [tell(x, {}) for _ in range(6)]
         name = "U, mentioned" if mentioned else "U, nowhere, real"
         pools = rng.choice([train, train, test])
+        if never_asked & {*x.split()}:  # declining "cast iron" would teach to decline iron
+            pools = test
         pools[name] += [(x, a) for a in KINDS[row["kind"]]]
-    subjects = [x for pool in train.values() for x, _ in pool]
+    subjects = [x for x, _ in train["A"]]
     for topic in TOPICS:
         name = "small talk" if SAY[topic, "reply"] else "U, other matters"
         pools = test if name != "small talk" and rng.random() < 0.1 else train
