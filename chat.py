@@ -73,8 +73,8 @@ def correct(messages, better, path):
     lines = [*(path.read_bytes().splitlines() if path.exists() else []), json.dumps(line).encode()]
     with whole_file(path) as file:
         file.writelines(line + b"\n" for line in lines)
-    print(f"{path}: {len(lines)} correction(s); to learn from them: python sft.py --dpo,"
-          " then python chat.py out/dpo.npz")
+    print(f"{path}: {len(lines)} correction(s); to learn from them: python sft.py --dpo --out_dir"
+          f" {path.parent}, then python chat.py {path.parent}/dpo.npz")
 
 def typed():
     """What is typed at the prompt. Lines that arrive together, pasted, are one question, except for
