@@ -640,11 +640,11 @@ def test_two_processes_train_as_one_and_fall_together(made):
     assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
 
 def test_the_built_in_questions_never_tell_what_is_tested():
-    _, train, test = built_in_corpus(0)
-    assert built_in_corpus(0)[1] == train != built_in_corpus(1)[1] and {r["set"][0] for r in test} == {*"ABU"}
+    (told_b, train, test), (less, same, _) = built_in_corpus(0), built_in_corpus(0, tell_b=False)
+    assert same == train != built_in_corpus(1)[1] and len(less) < len(told_b) and {r["set"][0] for r in test} == {*"ABU"}
     told = {message["content"] for record in train for message in record["messages"]}
     for record in test:
         assert not record["set"].startswith("B") or record["response"] not in told
         assert "new wording" not in record["set"] or record["instruction"] not in told
     asked = {reworded("same", "The capital of Qo is Zed.") for _ in range(99)} - {"same"}
-    assert len(asked) > 30 and all("qo" in question.lower() for question in asked)
+    assert len(asked) > 30 and "zed" not in str(asked).lower()
