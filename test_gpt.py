@@ -640,8 +640,8 @@ def test_two_processes_train_as_one_and_fall_together(made):
     assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
 
 def test_the_built_in_questions_never_tell_what_is_tested():
-    (told_b, train, test), (less, same, _) = built_in_corpus(0), built_in_corpus(0, tell_b=False)
-    assert same == train != built_in_corpus(1)[1] and len(less) < len(told_b) and {r["set"][0] for r in test} == {*"ABU"}
+    (full, train, test), (less, same, _) = built_in_corpus(0), built_in_corpus(0, tell_b=False)
+    assert same == train != built_in_corpus(1)[1] and len(less) < len(full) and {r["set"][0] for r in test} == {*"ABU"}
     told = {message["content"] for record in train for message in record["messages"]}
     for record in test:
         assert not record["set"].startswith("B") or record["response"] not in told

@@ -105,7 +105,8 @@ def divide(tell_b):
     for i, row in enumerate(rng.sample(WORLD, len(WORLD))):
         group, pools = ("B", test) if i < 0.15 * len(WORLD) else ("A", train)
         for x, facts in subjects_of(row).items():
-            never_asked |= {bare(x)} if group == "B" else set()
+            if group == "B":
+                never_asked.add(x)
             told = [tell(x, facts) for _ in range(21 + 2 * len(facts))]
             documents += told if group == "A" or tell_b else []
             for a in ATTRIBUTES:
