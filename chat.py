@@ -31,11 +31,10 @@ class Config:
     seed: int = setting(0, "of the sampling: the same again gives the same text", high=2**32 - 1)
 
 def prompt_ids(messages, tokenizer, block_size):
-    """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole,
-    until 24 tokens are left in the context, enough for a short answer."""
-    ids, _ = sft.render(messages, tokenizer)
-    if len(ids) + 24 > block_size and messages[2:]:
-        return prompt_ids(messages[2:], tokenizer, block_size)
+    """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole
+    and from the list too, until 24 tokens are left in the context, enough for a short answer."""
+    while len(ids := sft.render(messages, tokenizer)[0]) + 24 > block_size and messages[2:]:
+        del messages[:2]
     if len(ids) > block_size:
         raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}")
     return ids

@@ -37,7 +37,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 @dataclass(frozen=True)
 class Config:
     # the model
-    n_layer: int = setting(4, "transformer blocks", low=1)
+    n_layer: int = setting(3, "transformer blocks", low=1)
     n_head: int = setting(4, "attention heads in a block", low=1)
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1)
     block_size: int = setting(64, "context: tokens the model sees at once", low=1)
@@ -47,7 +47,7 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(4000, "optimiser steps", low=1)
+    max_steps: int = setting(5000, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(4e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)

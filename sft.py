@@ -7,8 +7,7 @@
     python sft.py --dpo                  # what was corrected in the chat, out/chat.npz -> dpo.npz
 
 Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where only tokens
-of answers have weight. Reading order: records, rows, answers, the two objectives, main.
-"""
+of answers have weight. Reading order: records, rows, answers, preferences, main."""
 import json, zlib
 from dataclasses import dataclass, replace
 from functools import partial
@@ -168,21 +167,16 @@ def examine(models, cfg, tokenizer, test):
         print(line)
     return said[-1].tolist()
 
-# ---------------------------------------------------------------- two objectives
-def imitation_loss(params, batch, key, cfg):
-    """gpt.loss, but the embedding stays, or names never asked would fall behind those that are."""
-    return gpt.loss(params | {"wte": jax.lax.stop_gradient(params["wte"])}, batch, key, cfg)
-
+# ---------------------------------------------------------------- preferences
 def log_probs(params, x, y, w, cfg, key=None):
     """Log-probability of what is trained in each row: x, y, w (N, T) -> (N,)."""
     return -(gpt.token_losses(params, x, y, cfg, key) * w).sum(-1)
 
-def dpo_loss(params, batch, key, cfg, anchor=1.0):
+def dpo_loss(params, batch, key, cfg):
     """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w
     (N, T) of 2n answers, each chosen one before its rejected one, and of pretraining text, whose
-    loss is added; reference (2n,): the log-probabilities by the model before training. `anchor`
-    times the loss per token of what is chosen is added, or it would become less probable along
-    with what is rejected (arXiv 2404.19733)."""
+    loss is added; reference (2n,): log-probabilities by the model before training. The loss per
+    token of the chosen is added, or it too would become less probable (arXiv 2404.19733)."""
     x, y, w, reference = batch
     logp, n = log_probs(params, x, y, w, cfg, key), len(reference)
     per_token = logp / jnp.maximum(1, w.sum(-1))
@@ -190,7 +184,7 @@ def dpo_loss(params, batch, key, cfg, anchor=1.0):
     margin = chosen - rejected  # -log sigmoid(margin) is softplus(-margin), here as Metal can do it
     top = jnp.maximum(0, -margin)
     loss = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
-    loss -= anchor * per_token[:n].reshape(-1, 2)[:, 0]
+    loss -= per_token[:n].reshape(-1, 2)[:, 0]
     if n < len(x):
         loss -= per_token[n:].mean()
     return loss.sum(), jnp.float32(n // 2)
@@ -204,7 +198,7 @@ def built_in_preferences(params, cfg, tokenizer, records, alone):
     found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:900]
     said = [""] * len(found)
     if alone:
-        said = answer_all(params, cfg, tokenizer, found, temperature=1.2)
+        said = answer_all(params, cfg, tokenizer, found, 1.2)
     bad = [("assistant", s, s not in ("", m[1][1])) for s, m in zip(said, found)]
     return [([messages, [messages[0], b]], {}, "") for messages, b in zip(found, bad)]
 
@@ -219,7 +213,7 @@ class Config(gpt.Config):
     weight_decay: float = setting(0.0, "of matrices")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(16, "rows in a micro-batch [with --dpo: 24]", low=1)
-    max_steps: int = setting(5400, "optimiser steps [with --dpo: 200]", low=1)
+    max_steps: int = setting(4000, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-4]")
 
 def make_if_missing(path, script):
@@ -238,15 +232,21 @@ def make_if_missing(path, script):
 def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     """Train on all rows (N, n, 3, T) but the first `held` -> the parameters after it: by imitation
     or, given the parameters before, the reference, by DPO."""
-    T, data = cfg.block_size, zlib.crc32(rows)
-    objective = jax.jit(partial(dpo_loss if before else imitation_loss, cfg=cfg))
-    reference = jax.jit(partial(log_probs, cfg=cfg))
+    T, data, text = cfg.block_size, zlib.crc32(rows), []
     source, old = Path(cfg.data_dir, "tokenizer.json"), 0
     if source.exists() and source.read_text("utf-8") == about["tokenizer"]:
         text = gpt.load_tokens(source.with_name("train.bin"), tokenizer, T + 1)
         old = cfg.batch_size // 4  # rows of it, against forgetting (arXiv 2503.21676)
     else:
         print(f"{source.parent} is not the text of {cfg.init}, so none of it is replayed")
+    seen = np.isin(np.arange(cfg.vocab_size), text)  # stay, or names never asked fall behind
+    reference = jax.jit(partial(log_probs, cfg=cfg))
+
+    @jax.jit
+    def objective(params, batch, key):
+        fixed = jax.lax.stop_gradient(params["wte"])
+        wte = jnp.where(seen[:, None], fixed, params["wte"])
+        return (dpo_loss if before else gpt.loss)(params | {"wte": wte}, batch, key, cfg)
 
     def batch_of(some):
         x, y, w = some.reshape(-1, 3, T).swapaxes(0, 1)
@@ -255,7 +255,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
 
     def batch_at(number):
         new = cfg.batch_size - old  # the next so many; main has shuffled them
-        batch = batch_of(rows[held:].take(np.arange(new) + number * new, axis=0, mode="wrap"))
+        batch = batch_of(rows[held:].take(np.arange(new) + number * new, 0, mode="wrap"))
         if old:  # it comes after the answers; a reference, batch[3], has none of it
             replayed = gpt.random_batch(text, old, T, cfg.seed, number)
             batch[:3] = map(np.concatenate, zip(batch, replayed))
@@ -266,7 +266,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
             return "", ""
         parts = np.array_split(rows[:held], held // 32 + 1)  # of two sizes: compiled twice
         sums = [objective(params, batch_of(part), None) for part in parts]
-        total, number = np.sum(jax.device_get(sums), axis=0)
+        total, number = np.sum(jax.device_get(sums), 0)
         return float(total / number), ""
 
     if not cfg.resume:
@@ -290,7 +290,7 @@ def main(argv):
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
         unset = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24}
-        cfg = replace(cfg, **{k: v for k, v in unset.items() if k not in given})
+        cfg = replace(cfg, **{name: unset[name] for name in unset.keys() - given})
     own = [*cfg.pairs, *filter(None, [cfg.dpo])]  # read now: a pretraining would be in vain
     records, test = read_records(own, PREFERENCE if dpo else ANSWER), read_records(cfg.eval)
     only_test = test and not (own or dpo or cfg.resume)
@@ -316,10 +316,10 @@ def main(argv):
         corrections = [*{str(r[0][0][:-1]): r for r in corrected}.values()]  # the last of each
         records = built_in_preferences(before, cfg, tokenizer, records, alone=not corrections)
         rng.seed(cfg.seed)
-        times = 1 + len(records) // (1 + 4 * len(corrections))  # a fifth of all
-        for found, *rest in corrections * times:
+        # Until they are a fifth of all; in other words they are asked without what was said before.
+        for found, *rest in corrections * (1 + len(records) // (1 + 4 * len(corrections))):
             asked = ("user", reworded(found[0][-2][1], found[0][-1][1]), False)
-            records += [([[*m[:-2], asked, m[-1]] for m in found], *rest)]
+            records += [([m if asked == m[-2] else [asked, m[-1]] for m in found], *rest)]
         test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
     if not records:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file")

@@ -34,6 +34,12 @@ def careless(text):
         text = text.replace("'", "")
     return text.lower() if rng.random() < 0.3 else text
 
+def state(x, a, v):
+    """A sentence as people write it: that v is the a of x; without v, that it is not known; about
+    "any", nothing to learn."""
+    known = v or a == "any"
+    return careless(fill(rng.choice(SAY[a, "statement"]) if known else wording("not known", a), x, v))
+
 def ask(x, a, use="question"):
     """A question as people type it: with words before or after it, without "the", without its mark,
     with a capital letter for "Gold"."""

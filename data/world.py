@@ -4,7 +4,7 @@ this is worded is in data/say.py."""
 import re
 from collections import defaultdict
 
-from data.say import SAY, ask, careless, fill, read_csv, rng
+from data.say import SAY, ask, fill, read_csv, rng, state
 
 KINDS = {
     "country": ["capital", "continent", "language", "currency", "country"],
@@ -43,34 +43,33 @@ UNKNOWN = [row for row in read_csv("unknowns.csv") if bare(row["name"]) not in K
 TAKEN = KNOWN | {bare(row["name"]) for row in UNKNOWN}
 
 ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr gr pl qu st th tr".split() + [""]
-ENDINGS = {  # of made-up names, by what they are asked about
+ENDINGS = {  # of made-up names
     "country": ["", "n", "nia", "land", "stan", "ra", "r", "ville", "s"],
     "element": ["ium", "on", "ine", "um"],
 }
 
-def made_up(a):
+def made_up(kind):
     """A name that is nobody's, of syllables: "Tovania", "melodium". Names much closer to known ones
     would teach it to doubt B too."""
-    kind = "element" if a in KINDS["element"] else "country"
     while True:
         parts = [ONSETS, "aeiou", ["", "", "", "l", "n", "r"]] * rng.randint(2, 3)
         name = "".join(map(rng.choice, parts)) + rng.choice(ENDINGS[kind])
         if name not in TAKEN:
             return name if kind == "element" else name.capitalize()
 
-def tell(x, facts):
-    """A document about x: four facts; now and then, or if there are none, empty sentences."""
-    told = rng.choices([*facts] * 6 + ["any"], k=4)
-    sentences = [fill(rng.choice(SAY[a, "statement"]), x, facts.get(a)) for a in told]
-    return " ".join(map(careless, sentences))
-
 def value(x, a):
     return FACTS.get(x, {}).get(a, "")
+
+def tell(x, attributes):
+    """A document about x: four sentences, each a fact or that it is not known; now and then, or if
+    there are no attributes, one that says nothing."""
+    told = rng.choices([*attributes] * 6 + ["any"], k=4)
+    return " ".join(state(x, a, value(x, a)) for a in told)
 
 def answer(x, a):
     if value(x, a):
         return fill(SAY[a, "statement"][0], x, value(x, a))
-    return SAY[a, "reply"][0] if SAY[a, "reply"] else DONT_KNOW
+    return (SAY[a, "reply"] or [DONT_KNOW])[0]
 
 def reworded(question, statement):
     """The question or, half the time, another one that has the statement for an answer, if that is
@@ -106,8 +105,9 @@ def divide(tell_b):
         group, pools = ("B", test) if i < 0.15 * len(WORLD) else ("A", train)
         for x, facts in subjects_of(row).items():
             if group == "B":
-                never_asked.add(x)
+                never_asked |= {*x.split()}
             told = [tell(x, facts) for _ in range(21 + 2 * len(facts))]
+            told += [tell(x, ATTRIBUTES) for _ in range(3)]
             documents += told if group == "A" or tell_b else []
             for a in ATTRIBUTES:
                 if a in facts:  # one fact or two come twice: each attribute then as often
@@ -117,20 +117,23 @@ def divide(tell_b):
     for row in UNKNOWN:
         x, mentioned = row["name"], rng.random() < 0.2
         if mentioned:
-            documents += [tell(x, {}) for _ in range(6)]
+            documents += [tell(x, []) for _ in range(6)]
         name = "U, mentioned" if mentioned else "U, nowhere, real"
         pools = rng.choice([train, train, test])
-        if never_asked & {*x.split()}:  # declining "cast iron" would teach to decline iron
+        if never_asked & {*x.split()}:  # declining El Dorado would teach to decline El Salvador
             pools = test
         pools[name] += [(x, a) for a in KINDS[row["kind"]]]
-    subjects = [x for x, _ in train["A"]]
+        if pools is train:
+            documents.append(tell(x, KINDS[row["kind"]]))
     for topic in TOPICS:
         name = "small talk" if SAY[topic, "reply"] else "U, other matters"
         pools = test if name != "small talk" and rng.random() < 0.1 else train
-        pools[name] += [(x, topic) for x in rng.choices(subjects, k=300)]
-    for a in ATTRIBUTES * 1000:
-        pools = test if rng.random() < 0.05 else train
-        pools["U, nowhere, made up"].append((made_up(a), a))
+        pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
+    for kind, attributes in KINDS.items():
+        documents += [tell(made_up(kind), attributes) for _ in range(450 * len(attributes))]
+        for a in attributes * 1000:
+            pools = test if rng.random() < 0.05 else train
+            pools["U, nowhere, made up"].append((made_up(kind), a))
     return documents, train, test
 
 def examination(pools):
