@@ -195,7 +195,7 @@ def built_in_preferences(params, cfg, tokenizer, records, alone):
     rejected ones have no weight, nor has any beside corrections: these keep the rest as it is."""
     found = [messages for [messages], *_ in records if len(messages) == 2]
     known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1300]
-    found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:900]
+    found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:1050]
     said = [""] * len(found)
     if alone:
         said = answer_all(params, cfg, tokenizer, found, 1.2)
