@@ -239,7 +239,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
         old = cfg.batch_size // 4  # rows of it, against forgetting (arXiv 2503.21676)
     else:
         print(f"{source.parent} is not the text of {cfg.init}, so none of it is replayed")
-    seen = np.isin(np.arange(cfg.vocab_size), text)  # stay, or names never asked fall behind
+    seen = np.isin(np.arange(cfg.vocab_size), text)  # fixed, or names never asked fall behind
     reference = jax.jit(partial(log_probs, cfg=cfg))
 
     @jax.jit

@@ -230,8 +230,7 @@ def test_any_text_survives_encoding_and_no_text_becomes_a_special_token():
         assert again.decode(ids) == text.encode("utf-8", "replace").decode()
         assert again.encode(text) == ids and not {END, USER, ASSISTANT} & {*ids}
         ids = [*ids, END, *range(200, 250)][::-1]  # also pieces of characters can be streamed
-        spelled = b"".join(TOKENIZER.bytes[id] for id in ids).decode("utf-8", "replace")
-        assert "".join(TOKENIZER.stream(ids)) == spelled
+        assert TOKENIZER.decode(ids) == b"".join(TOKENIZER.bytes[id] for id in ids).decode("utf-8", "replace")
 
 @parametrize("text", ["a", " ", "\n ", "한", "東", "e\u0301", "\u0e01\u0e34", "_", "7"])
 def test_hostile_text_takes_linear_time(text):
@@ -428,7 +427,7 @@ def made(tmp_path_factory):
         yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", *(r[2] for r in RUNS)]))
 
 def test_the_road_from_text_to_answers(made):
-    assert re.search("python sft.py.*: 1 record.s. longer.*: 9 record.s. longer.*27 examples, 1 of", made, re.S), made
+    assert re.search("python sft.py.*: 1 record.s. longer.*: 9 record.s. longer.*27 examples, 1 of", made, re.S)
     assert documents() == DOCUMENTS
     [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
     assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
@@ -443,8 +442,8 @@ def test_the_road_from_text_to_answers(made):
 @parametrize("where, complains", [("Où", ""), ("O\udcf9", "standard input:3: not all of it is UTF-8\n")])
 def test_piped_questions_get_one_line_each(made, where, complains):
     typed = f"where is the cat?\n{'X' * 96}\n{where}?\nwho ran?\n"
-    answers, errors, _ = end(start("chat", PYTHONIOENCODING="utf-8:strict"), typed)
-    assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers)
+    answers, errors, status = end(start("chat", PYTHONIOENCODING="utf-8:strict"), typed)
+    assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers) and status == 0
     assert re.fullmatch(f"error: standard input:2: the question has .*\n{complains}", errors)
 
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
