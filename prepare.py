@@ -258,7 +258,7 @@ def main(argv):
     else:
         from data.world import built_in_corpus
         documents, *records = built_in_corpus(s.seed, not s.control)
-        pieces, size = ((document, True) for document in documents), size or 3072
+        pieces, size = ((document, True) for document in documents), size or 3584
     write_tokens(pieces, size, s.val_fraction, out_dir, bytes_to_come)
     for name, rows in zip(["qa.jsonl", "qa_test.jsonl"], records):
         (out_dir / name).unlink(missing_ok=True)  # those of another text
