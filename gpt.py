@@ -288,7 +288,8 @@ def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
     correct2 = 1 - jnp.exp(t * math.log(beta2))
 
     def update(p, m, v):
-        decay = cfg.weight_decay * p if p.ndim > 1 else 0
+        # What never had a gradient is held fixed, as sft.py does with some rows: no decay either.
+        decay = jnp.where(v > 0, cfg.weight_decay * p, 0) if p.ndim > 1 else 0
         return p - rate * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay)
 
     return {"params": jax.tree.map(update, state["params"], m, v), "m": m, "v": v}
@@ -361,17 +362,25 @@ def load_tokens(path, tokenizer, at_least):
         raise InputError(f"{path}: damaged, or of another vocabulary; run prepare.py again")
     return ids
 
+def tokens_from(ids, start, length):
+    """That many ids from start on; -1 is the <|end|> that stands before the first document too."""
+    if start < 0:
+        return np.append(END, ids[:length - 1])
+    return ids[start:start + length]
+
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins with a document, if one begins within T:
-    else its first tokens would lack what they follow from. Documents in a row see each other."""
+    that a resumed run sees the same. A row begins anywhere; but if an <|end|> lies less than T / 2
+    before that, with it: else the first tokens of a row would often lack what they follow from.
+    So every token is a target about equally often. Documents in a row see each other."""
     batch = np.empty((n, T + 1), np.int32)
-    starts = np.random.default_rng([seed, number]).integers(0, len(ids) - T, n)
+    starts = np.random.default_rng([seed, number]).integers(-1, len(ids) - T, n)
     for row, start in enumerate(starts):
-        ends = np.flatnonzero(ids[start:start + T] == END)
-        if len(ends) and start + ends[0] + T + 2 <= len(ids):
-            start += ends[0] + 1  # the token after END
-        batch[row] = ids[start:start + T + 1]
+        earliest = max(-1, start + 1 - T // 2)
+        ends = np.flatnonzero(tokens_from(ids, earliest, start + 1 - earliest) == END)
+        if len(ends):
+            start = earliest + ends[-1]
+        batch[row] = tokens_from(ids, start, T + 1)
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 def make_validation(ids, tokenizer, cfg):

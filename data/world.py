@@ -75,11 +75,17 @@ def reworded(question, statement):
     """The question or, half the time, another one that has the statement for an answer, if that is
     worded as here: "The capital of Togo is Lomé." also answers "Which city runs Togo?"."""
     for a in ATTRIBUTES:
+        values = {facts.get(a) for facts in FACTS.values()}
         for template in SAY[a, "statement"]:
-            found = re.fullmatch(fill(template, "(?P<x>.+)", ".+"), statement)
-            if found and rng.random() < 0.5:
+            found = re.fullmatch(fill(template, "(?P<x>.+)", "(?P<v>.+)"), statement)
+            # "Paris is in France." tells of no continent: it neither names that nor is one in it.
+            if found and (a in template or found["v"] in values) and rng.random() < 0.5:
                 return ask(found["x"], a)
     return question
+
+def means_country(x, a):
+    """Of a capital, "Where is it?" asks for the country; its continent nobody tells."""
+    return a == "continent" and [*FACTS.get(x, ())] == ["country"]
 
 def conversation(pools):
     """A question and its answer; mostly another, at times the same thing about another subject, or
@@ -92,6 +98,8 @@ def conversation(pools):
     elif SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3:
         asked += [rng.choice([(x, b, "follow-up"), (y, a, "follow-up subject")])]
     for x, a, use in asked:
+        if means_country(x, a):
+            break
         messages += [dict(role="user", content=ask(x, a, use))]
         messages += [dict(role="assistant", content=answer(x, a))]
     return {"messages": messages}
@@ -112,7 +120,7 @@ def divide(tell_b):
             for a in ATTRIBUTES:
                 if a in facts:  # one fact or two come twice: each attribute then as often
                     pools[group] += [(x, a)] * (1 + (len(facts) < 3))
-                elif [a, *facts] != ["continent", "country"]:  # "Where is Paris?" has an answer
+                elif not means_country(x, a):
                     pools["U, cannot have"].append((x, a))
     for row in UNKNOWN:
         x, mentioned = row["name"], rng.random() < 0.2
