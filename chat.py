@@ -18,6 +18,7 @@ HELP = """/reset forgets the conversation, /probs shows how sure it was of each 
 /better TEXT says what that should have been, /quit or Ctrl-D ends, Ctrl-C stops an answer.
 Settings: /temperature 0.7, /top_k, /top_p, /repetition_penalty, /max_new_tokens, /seed"""
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # settings of gpt.sample
+SETTINGS = {*SAMPLING, "max_new_tokens", "seed"}  # that can be changed while it runs
 
 @dataclass(frozen=True)
 class Config:
@@ -65,15 +66,16 @@ def load(path):
 
 def correct(messages, better, path):
     """Add what the last answer should have been to a file, whole or not at all, as trl has it."""
-    if not messages or not better:
+    if not messages or not messages[-1][1] or not better:
         raise InputError("/better TEXT says what the last answer should have been")
     *prompt, last = [{"role": role, "content": text} for role, text, _ in messages]
     line = {"prompt": prompt, "chosen": [last | {"content": better}], "rejected": [last]}
     lines = [*(path.read_bytes().splitlines() if path.exists() else []), json.dumps(line).encode()]
     with whole_file(path) as file:
         file.writelines(line + b"\n" for line in lines)
-    print(f"{path}: {len(lines)} correction(s); to learn from them: python sft.py --dpo --out_dir"
-          f" {path.parent}, then python chat.py {path.parent}/dpo.npz")
+    print(f"{path}: {len(lines)} correction(s), the last of {printable(prompt[-1]['content'])!r}; to"
+          f" learn from them: python sft.py --dpo --out_dir {path.parent}, then python chat.py"
+          f" {path.parent}/dpo.npz")
 
 def typed():
     """What is typed at the prompt. Lines that arrive together, pasted, are one question, except for
@@ -92,28 +94,34 @@ def typed():
 
 def converse(reply, cfg, path):
     """At a terminal: questions, commands, and settings with their new value."""
-    messages, seen = [], []
+    messages = []  # the conversation, without an answer that was stopped
+    shown = []  # the same, with what was last shown: that is what /better corrects
+    seen = []  # how sure it was of each token of that
     for line in typed():
         command, _, value = line.partition(" ")
         try:
             if command == "/quit":
                 return
             elif command == "/reset":
-                messages = []
+                messages, shown = [], []
             elif command in ("/help", "/probs"):
-                print(HELP if command == "/help" else "\n".join(seen))
+                print(HELP if command == "/help" else "\n".join(seen) or "no answer was shown yet")
             elif command == "/better":
-                correct(messages, value, path.with_name("feedback.jsonl"))
-            elif line.startswith("/"):
+                correct(shown, value, path.with_name("feedback.jsonl"))
+            elif command.startswith("/"):
+                if command[1:] not in SETTINGS:
+                    raise InputError(f"{command}: no command or setting; /help names them")
                 new, given = read_flags(Config, [f"--{command[1:]}", value], __doc__)
                 cfg = replace(cfg, **{name: getattr(new, name) for name in given})
             else:
-                asked, seen, said = [*messages, ("user", line, False)], [], ""
+                asked, shown, seen = [*messages, ("user", line, False)], [], []
+                said = ""
                 for piece in reply(asked, cfg, seen):
                     print(printable(piece), end="", flush=True)
                     said += piece
+                    shown = [*asked, ("assistant", said, True)]
                 print()
-                messages = [*asked, ("assistant", said, True)]
+                messages = shown
         except (InputError, KeyboardInterrupt) as e:  # Ctrl-C says nothing: the answer ends here
             print(str(e).replace("--", "/"))
 

@@ -9,15 +9,16 @@ head is written for one sequence and jax.vmap makes all heads of all sequences o
 derives the backward pass; jax.jit compiles. In shapes: B batch, T time (tokens), S time of keys
 and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand last in prepare.py.
 """
-import json, math, os, re, sys, time
-from contextlib import nullcontext
+import json, math, os, re, sys, time, zlib
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import prepare
-from prepare import CORES, END, InputError, Tokenizer, printable, read_flags, run, setting
-from prepare import begin_log, clock, draw, only_writer, show_progress, whole_file, wishes_to_stop
+from prepare import CONTEXT, CORES, END, InputError, Tokenizer, printable, read_flags, run, say
+from prepare import begin_log, clock, draw, link, only_writer, setting, show_progress, whole_file
+from prepare import wishes_to_stop
 
 # Before jax is imported. Each CPU core becomes a device: small matrix products run faster on one
 # core each than spread over all of them. Apple's jax-metal needs the rest.
@@ -40,7 +41,7 @@ class Config:
     n_layer: int = setting(3, "transformer blocks", low=1)
     n_head: int = setting(4, "attention heads in a block", low=1)
     n_embd: int = setting(128, "width: numbers that stand for a token", low=1)
-    block_size: int = setting(64, "context: tokens the model sees at once", low=1)
+    block_size: int = setting(CONTEXT, "context: tokens the model sees at once", low=1)
     dropout: float = setting(0.0, "part of the activations set to 0 in training", high=0.9)
     dtype: str = setting("auto", "of products with weights; auto: bfloat16 on CPUs that have it",
                          choices=["auto", "float32", "bfloat16"])
@@ -514,6 +515,37 @@ def inherit(cfg, given, about, path):
     return replace(cfg, **{name: saved[name] for name in names})
 
 # ---------------------------------------------------------------- training loop
+def steps_in_time(cfg, done, new_steps, first, until):
+    """How many steps there will be until a time, as the pace since the first of this start tells;
+    unless that is about as many as there would be anyway. Times as time.perf_counter() has them."""
+    now = time.perf_counter()
+    pace = max(1e-9, (now - first) / (new_steps - 1))
+    steps = done + max(1, int((until - now) / pace))
+    steps = int(process_allgather(np.array(steps)).min())
+    if new_steps == 10:
+        say(f"{steps} steps in {cfg.minutes:g} minutes")
+    elif abs(steps - cfg.max_steps) * pace > 3 * cfg.minutes:  # seconds: a twentieth of them
+        say(f"the pace has changed: {steps} steps")
+    else:
+        return cfg.max_steps
+    return steps
+
+def conclude(cfg, about, path, best_path):
+    """Tell what a run was started with and its lowest validation; both stay in runs.jsonl."""
+    validated = [row for row in about["log"] if row[2] != ""]
+    best = min(validated, key=lambda row: row[2], default=[None] * 4)
+    result = {"checkpoint": path.name, "steps": about["step"], "seconds": about["seconds"],
+              "best_step": best[0], "val_loss": best[2], "val_bits_per_byte": best[3]}
+    with suppress(OSError), open(path.with_name("runs.jsonl"), "a") as file:
+        print(json.dumps(result | {"settings": asdict(cfg)}), file=file)
+    usual = asdict(type(cfg)())
+    given = [f"--{name} {value}" for name, value in asdict(cfg).items()
+             if value != usual[name] and name not in ("vocab_size", "resume")]
+    say(f"{path.with_name('runs.jsonl')}: {' '.join(given)}")
+    if validated:
+        bits = f" ({best[3]:.3f} bits a byte)" if best[3] != "" else ""
+        say(f"lowest validation {best[2]:.3f}{bits} at step {best[0]}, kept as {best_path}")
+
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
@@ -522,11 +554,18 @@ def train(cfg, state, about, objective, batch_at, validate, path):
         state = new_state(state["params"])
         about.update(step=0, seconds=0.0, log=[])
     done, stopped = about["step"], False
-    times = []  # of each step
     rows = about["log"]  # the same list, so what is added to it is saved
-    began = time.time() - about["seconds"]
+    times = []  # of each step
+    started = time.perf_counter()
+    began = started - about["seconds"]
+    until = started + 60 * cfg.minutes
+    if cfg.minutes:
+        cfg = replace(cfg, max_steps=max(cfg.max_steps, done + 100))  # until its pace is known
+    elif done >= cfg.max_steps:
+        say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
     chief = jax.process_index() == 0
     log_path = path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
+    best_path = path.with_name(f"{path.stem}.best.npz")
     placed = placements_of(state, cfg)
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
@@ -534,7 +573,8 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
     def save(keep=False):
-        about.update(config=asdict(cfg), step=done, seconds=time.time() - began)
+        settings = asdict(replace(cfg, minutes=0.0))  # they became steps
+        about.update(config=settings, step=done, seconds=time.perf_counter() - began)
         arrays = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
         if chief:
             save_checkpoint(path, arrays, about, keep)
@@ -542,40 +582,51 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
     with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as wishes:
         # wishes: what Ctrl-C and its kin leave there; they no longer break off.
-        # Step 0 too is saved: a full disk fails now. The old file becomes *.prev.npz.
-        saved = save(keep=not cfg.resume)
+        # Step 0 too is saved, twice: a disk without room for the next one beside it fails now.
+        save(keep=not cfg.resume)
+        saved = save()
         if chief:
             begin_log(log_path, rows, keep=not cfg.resume)
         while done < cfg.max_steps and not stopped:
-            started, rate = time.time(), learning_rate(done, cfg)
+            before, rate = time.perf_counter(), learning_rate(done, cfg)
             state, value = step(state, done, rate)
             done, value = done + 1, float(value)  # waits for the device
-            times.append(time.time() - started)
+            times.append(time.perf_counter() - before)
             stopped = process_allgather(np.array(bool(wishes))).any()  # all after the same step
-            if cfg.minutes and len(times) == 10:  # enough to tell the pace
-                left = (60 * cfg.minutes - (time.time() - began)) / np.median(times)
-                steps = done + max(1, int(process_allgather(np.array(left)).min()))
-                print(f"{steps} steps in {cfg.minutes:g} minutes")
-                cfg = replace(cfg, max_steps=steps, minutes=0.0)  # it is not asked again
+            if len(times) == 1:
+                first = time.perf_counter()
+            if cfg.minutes and len(times) % 10 == 0:
+                steps = steps_in_time(cfg, done, len(times), first, until)
+                cfg = replace(cfg, max_steps=steps)
             # If the loss is not finite, save() raises an error below, and that ends the run.
             last = stopped or done == cfg.max_steps or not math.isfinite(value)
             due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")
             if last or due or done == 1 or done % cfg.log_every == 0:
-                pace = np.median(times[-cfg.log_every:])  # seconds a step
+                pace = max(1e-9, np.median(times[-cfg.log_every:]))  # seconds a step
                 speed = round(cfg.batch_size * cfg.grad_accum * cfg.block_size / pace)
-                rows.append([done, value, nats, bits, rate, speed, time.time() - began])
-                with open(log_path if chief else os.devnull, "a") as log:
+                best = nats != "" and nats <= min([row[2] for row in rows if row[2] != ""] + [nats])
+                rows.append([done, value, nats, bits, rate, speed, time.perf_counter() - began])
+                with suppress(OSError), open(log_path if chief else os.devnull, "a") as log:
                     print(*rows[-1], sep=",", file=log)
                 if last or due:  # then the line also stays on the screen
-                    saved = save()
+                    try:
+                        saved = save()
+                        if best and chief:
+                            link(path, best_path)
+                    except OSError as e:
+                        if last:
+                            raise InputError(f"{path}: {e.strerror}") from None
+                        say(f"{path}: not saved ({e.strerror}); the next validation tries again")
                 shown = f"validation {nats:.3f}  " if nats else ""
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
                               f" tokens/s  {clock((cfg.max_steps - done) * pace)} left",
                               last=last or due)
+    if chief:
+        conclude(cfg, about, path, best_path)
     if stopped and done < cfg.max_steps:
-        print(f"interrupted at step {done}, saved in {path}; go on with: python"
-              f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
+        say(f"interrupted at step {done}, saved in {path}; go on with: python"
+            f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
         sys.exit(130)
     draw([row[1] for row in rows])
     return saved
@@ -598,17 +649,18 @@ def join(cfg):
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
 
-def small_gradient(where):
+def small_gradient(where, dropout):
     """The gradient of a small random model, computed on a device, as one array."""
-    cfg = Config(n_layer=1, dtype="float32", vocab_size=64)
+    cfg = Config(n_layer=1, dtype="float32", vocab_size=64, dropout=dropout)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
     x, y = rng.integers(64, size=(2, 3, 64))  # x stands for the weights too
     with jax.default_device(where):
-        gradient = jax.jit(jax.grad(lambda params: loss(params, (x, y, x), None, cfg)[0]))(params)
+        sum_of_losses = lambda params: loss(params, (x, y, x), np.uint32([0, 1]), cfg)[0]
+        gradient = jax.jit(jax.grad(sum_of_losses))(params)
         return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
 
-def check_device():
+def check_device(dropout=0.0):
     """Apple's plug-ins have given wrong numbers without a word (as in jax#21757): before such a GPU
     is trusted, it must agree with the CPU. Otherwise everything runs on the CPU."""
     if not on_metal():
@@ -616,8 +668,8 @@ def check_device():
     gpu, cpu = device(), jax.devices("cpu")[0]
     problem = "its gradients are not the CPU's"
     try:
-        right = small_gradient(cpu)
-        if np.abs(small_gradient(gpu) - right).max() < 1e-2 * np.abs(right).max():
+        right = small_gradient(cpu, dropout)
+        if np.abs(small_gradient(gpu, dropout) - right).max() < 1e-2 * np.abs(right).max():
             return
     except Exception as e:  # whatever a plug-in raises
         problem = printable(" ".join(repr(e).split()))[:99]
@@ -634,11 +686,11 @@ def main(argv):
         cfg = inherit(cfg, given, about, start)
     data_dir = Path(cfg.data_dir)
     if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):
-        print(f"no {data_dir}/train.bin yet: running prepare.py")
+        say(f"no {data_dir}/train.bin yet: running prepare.py")
         if jax.process_index() == 0:
             prepare.main([])
         process_allgather(np.zeros(1))  # the others wait
-    check_device()
+    check_device(cfg.dropout)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
     if start and about["tokenizer"] != tokenizer.to_json():
         raise InputError(f"{data_dir}: another vocabulary than that of {start}")
@@ -653,14 +705,18 @@ def main(argv):
     ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
     batch_at = partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
+    text = zlib.crc32(ids)
+    if cfg.resume and about.get("text", text) != text:
+        raise InputError(f"{data_dir}: another text than {path} was begun with; --init {path} goes on"
+                         " from it with a new one")
     if not cfg.resume:
-        about = {"kind": "base", "tokenizer": tokenizer.to_json()}
+        about = {"kind": "base", "tokenizer": tokenizer.to_json(), "text": text}
     count = sum(p.size for p in jax.tree.leaves(state["params"]))
     tokens = cfg.batch_size * cfg.grad_accum * cfg.block_size
-    print(f"{placements(cfg.batch_size)[0].mesh.size} {device().platform} device(s), {cfg.dtype},"
-          f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
-          f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
-          f" {math.log(cfg.vocab_size):.3f}")
+    say(f"{placements(cfg.batch_size)[0].mesh.size} {device().platform} device(s), {cfg.dtype},"
+        f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
+        f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
+        f" {math.log(cfg.vocab_size):.3f}")
     try:
         state = train(cfg, state, about, partial(loss, cfg=cfg), batch_at, validate, path)
     except (RuntimeError, ValueError) as e:  # either, for a broken connection
@@ -672,8 +728,8 @@ def main(argv):
     # END, which follows each document, alone: a new document begins.
     steps = make_generator(cfg)(state["params"], [[END]], 2 * cfg.block_size,
                                 np.random.default_rng(cfg.seed), temperature=0.8)
-    print(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
-    print(f"checkpoint: {path}\nnext: python sft.py   (or python chat.py {path} continues a text)")
+    say(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
+    say(f"checkpoint: {path}\nnext: python sft.py   (or python chat.py {path} continues a text)")
 
 if __name__ == "__main__":
     run(main)

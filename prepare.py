@@ -9,10 +9,10 @@ if sys.version_info < (3, 10):
     print("error: Python 3.10 at least is needed: python3.13 -m venv .venv", file=sys.stderr)
     sys.exit(2)
 
-import argparse, bz2, codecs, difflib, functools, gzip, heapq, io, itertools, json, multiprocessing
-import os, re, signal, sqlite3, time, unicodedata, zlib
+import argparse, bz2, codecs, difflib, functools, gzip, heapq, io, itertools, json, os, re, shutil
+import signal, sqlite3, tempfile, time, unicodedata, zlib
 from collections import Counter, defaultdict
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -74,7 +74,7 @@ class Tokenizer:
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
 
-    @functools.lru_cache(1 << 20)
+    @functools.lru_cache(1 << 18)
     def encode_word(self, word):
         """A string in which chr(id) stands for an id, so that str.replace merges a pair."""
         word = "".join(chr(FIRST_BYTE + b) for b in word.encode("utf-8", "replace"))
@@ -83,9 +83,13 @@ class Tokenizer:
             word = word.replace("".join(first), chr(self.rank[first]))
         return word
 
+    def encode_words(self, text):
+        """Text -> a string as encode_word makes it."""
+        return "".join(map(self.encode_word, WORD.findall(text)))
+
     def encode(self, text):
         """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?"."""
-        return [ord(id) for word in WORD.findall(text) for id in self.encode_word(word)]
+        return [*map(ord, self.encode_words(text))]
 
     def decode(self, ids):
         """Ids -> text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -103,40 +107,124 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path, text=None):
-        """The reverse of to_json, of a file, or of the text that stands in a checkpoint."""
-        text = Path(path).read_text("utf-8", "replace") if text is None else text
+        """The reverse of to_json: of a file, of a checkpoint, or of the text that stands in one."""
         try:
+            if text is None and str(path).endswith(".npz"):
+                with np.load(path, allow_pickle=False) as checkpoint:
+                    text = json.loads(str(checkpoint["about"]))["tokenizer"]
+            if text is None:
+                text = Path(path).read_text("utf-8", "replace")
             return cls([(a, b) for a, b, _ in json.loads(text)["merges"]])
+        except OSError:
+            raise
         except Exception:  # anything can be in a file
             raise InputError(f"{path}: not a tokenizer; run prepare.py again") from None
 
-# ---------------------------------------------------------------- reading text
+# ---------------------------------------------------------------- reading files
 PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
+PLAIN_TEXT = "pandoc -t plain {0} | python prepare.py -"
+NOT_TEXT = [  # how a file begins that is no text, what it is, and how to get the text out of it
+    (rb"%PDF", "a PDF", "pdftotext {0} - | python prepare.py -"),
+    (rb"\{\\rtf", "RTF", "pandoc -f rtf -t plain {0} | python prepare.py -"),
+    (rb"(\s|<\?[^>]*>|<!--.*?-->)*<(!doctype\s+html|html|head|body)\b", "HTML", PLAIN_TEXT),
+    (rb"PK\x03\x04", "a zip archive, as .docx and .epub are", PLAIN_TEXT + ", or unzip it"),
+    (rb"PAR1", "parquet", "import pandas; pandas.read_parquet('{0}').to_json('text.jsonl',"
+                          " orient='records', lines=True)"),
+    (rb"\xfd7zXZ", "packed by xz", "xzcat {0} | python prepare.py -"),
+    (rb"\x28\xb5\x2f\xfd", "packed by zstd", "zstdcat {0} | python prepare.py -"),
+]
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
+LONGEST_LINE = 1 << 24  # characters that are read at once
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
-JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\{|$))')  # how JSON begins, and hardly any text
-TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa.*\.jsonl|feedback\.jsonl)[^.].*\.(txt|md|jsonl?)"
-                       r"(\.gz|\.bz2)?", re.I)  # not what our own programs write
+TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa(_test)?(\.prev)?\.jsonl|feedback\.jsonl)[^.].*"
+                       r"\.(txt|text|md|markdown|rst|jsonl?|ndjson)(\.gz|\.bz2)?", re.I)
+
+def check_is_text(head, path):
+    """Refuse a file by its first bytes, if they are no text in UTF-8."""
+    head = head.removeprefix(codecs.BOM_UTF8)
+    for begins, kind, advice in NOT_TEXT:
+        if re.match(begins, head, re.I | re.S):
+            raise InputError(f"{path}: {kind}, not text; try: {advice.format(path)}")
+    text = head.decode("utf-8", "replace")
+    if "\0" in text or text.count("\ufffd") > 5 + len(text) / 1000:
+        raise InputError(f"{path}: not UTF-8; try iconv -f CP1252 (or UTF-16) -t UTF-8")
 
 def read_lines(path):
     """A file, perhaps packed, or "-" for standard input -> (line, "file:line"), with "\\n" at its
     end. A few bytes that are not UTF-8 become U+FFFD and are counted."""
-    source, number = "standard input" if path == "-" else path, 0
+    name = "standard input" if path == "-" else path
+    number = 0
     with open(0 if path == "-" else path, "rb") as file:
         try:
-            file = io.BufferedReader(PACKED.get(file.peek(3)[:3], io.BufferedReader)(file), PIECE)
-            head = file.peek().decode("utf-8", "replace")
-            bad, beyond_ascii = head.count("\ufffd"), sum(c > "\x7f" for c in head)
-            if "\0" in head or bad > max(beyond_ascii / 2, 5 + len(head) / 1000):
-                raise InputError(f"{source}: not UTF-8; try iconv -f CP1252 (or UTF-16) -t UTF-8")
-            file = io.TextIOWrapper(file, "utf-8-sig", "replace")
-            for number, line in enumerate(iter(functools.partial(file.readline, 1 << 24), ""), 1):
+            unpack = PACKED.get(file.peek(3)[:3])
+            raw = io.BufferedReader(unpack(file) if unpack else file, PIECE)
+            check_is_text(raw.peek(), name)
+            text = io.TextIOWrapper(raw, "utf-8-sig", "replace")
+            while line := text.readline(LONGEST_LINE):
+                number += 1
                 if "\ufffd" in line:
-                    count("lines with bytes that are not UTF-8", f"{source}:{number}")
-                yield line, f"{source}:{number}"
+                    count("lines with bytes that are not UTF-8", f"{name}:{number}")
+                yield line, f"{name}:{number}"
         except (OSError, EOFError, zlib.error) as e:
-            raise InputError(f"{source}:{number + 1}: damaged ({e})") from None
+            raise InputError(f"{name}:{number + 1}: damaged ({e})") from None
 
+def plain(text):
+    """Line ends as "\\n" and a form feed as a blank line, as a text file and as JSON have them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n")
+
+# ---------------------------------------------------------------- JSON in the layouts people have
+JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
+# A list of records, perhaps under a name; but a list of messages, which have roles, is a record.
+LIST_BEGINS = re.compile(r'\s*(\[(?!\s*\{\s*"(role|from|content|value)")\s*(?=[\[{"])'
+                         r'|\{[^]{}[]*"(data|train|examples|instances)"\s*:\s*\[\s*(?=[\[{]))')
+BETWEEN = re.compile(r"[\s,\]}]*")  # two records
+# After something broken the next record begins on a new line, in a list after a comma.
+NEXT_LINE = re.compile(r"^(?=[\[{])", re.M)
+NEXT_IN_LIST = re.compile(r"[\]}]\s*,\s*(?=[\[{])")
+NEXT_STRING = re.compile(r'"\s*,\s*(?=")')
+
+def read_json(lines):
+    """(line, "file:line") -> (record, "file:line"): one after the other, over a line or several, or
+    a list of them. What is broken is counted, named by its line, and costs no other record."""
+    decode = json.JSONDecoder().raw_decode
+    text, number, name = "", 1, ""  # what is taken and not read yet, in which line it begins
+    enough = 0  # characters, for another try after it was cut off
+    next_record = NEXT_LINE
+    for line, source in itertools.chain(lines, [("", "")]):  # the last stands for the end
+        name = name or source.rpartition(":")[0]
+        text += line
+        if source and len(text) < enough:
+            continue
+        at = 0
+        if next_record is NEXT_LINE and (begins := LIST_BEGINS.match(text)):
+            at = begins.end()
+            next_record = NEXT_STRING if text[at] == '"' else NEXT_IN_LIST
+        number += text.count("\n", 0, at)
+        enough = 0
+        while (start := BETWEEN.match(text, at).end()) < len(text):
+            number += text.count("\n", at, start)
+            if next_record is not NEXT_LINE and re.search(r",\s*\]", text[at:start]):
+                count("part(s) that are not JSON", f"{name}:{number}")  # a comma too many
+            at = start
+            try:
+                record, end = decode(text, at)
+                if isinstance(record, str) and next_record is not NEXT_STRING:
+                    raise ValueError("a name beside the list")
+                yield record, f"{name}:{number}"
+            except (ValueError, RecursionError) as e:
+                place = getattr(e, "pos", at)
+                cut_off = place >= len(text.rstrip())
+                found = next_record.search(text, at + 1 if cut_off else place)
+                if source and (cut_off or not found):
+                    enough = 2 * (len(text) - at)
+                    break
+                count("part(s) that are not JSON", f"{name}:{number}")
+                end = found.end() if found else len(text)
+            number += text.count("\n", at, end)
+            at = end
+        text = text[at:]
+
+# ---------------------------------------------------------------- documents
 def is_text(path):
     """Whether a file of a folder is read: by its name or, without a suffix, by how it begins."""
     if "." in os.path.basename(path):
@@ -144,44 +232,76 @@ def is_text(path):
     with suppress(OSError), open(path, "rb") as file:
         return JSON_BEGINS.match(file.read(999).decode("utf-8", "replace"))
 
-def files_in(path):
-    """A file -> itself; a folder -> its text files, but hidden ones and virtual environments."""
+def files_of(folder):
+    """A folder -> its text files, but hidden ones and virtual environments; others are counted."""
     found, seen = [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
+    for folder, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(folder) in seen or "pyvenv.cfg" in names:  # a link may lead back
             del folders[:], names[:]
         seen.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += filter(is_text, [os.path.join(folder, name) for name in names])
-    if not found and os.path.isdir(path):
-        raise InputError(f"{path}: a folder without text files (.txt, .md, .json, .jsonl)")
-    return sorted(found) or [path]
+        for file in [os.path.join(folder, name) for name in names if not name.startswith(".")]:
+            if is_text(file):
+                found.append(file)
+            else:
+                count("file(s) that are no text by their name; give it to have one read", file)
+    return sorted(found)
 
-def text_of(line, source):
-    """A line of JSON -> the document in it, its "text", and the mark of its end."""
-    with suppress(ValueError, TypeError, KeyError, RecursionError):
-        return json.loads(line)["text"] + "<|endoftext|>"
-    if line.strip():
-        count('JSON lines without a "text", which sft.py may take', source)
+def files_in(paths):
+    """Files and folders -> text files, each once, though it is linked or lies there packed too."""
+    found = {}
+    for path in paths:
+        for file in files_of(path) if os.path.isdir(path) else [path]:
+            real = re.sub(r"\.(gz|bz2)$", "", os.path.realpath(file))
+            if real in found:
+                count("file(s) that are there twice", file)
+            found.setdefault(real, file)
+    if not found:
+        raise InputError(f"{paths[0]}: a folder without text files (.txt, .md, .rst, .json, .jsonl);"
+                         f" to have others read, give them: {paths[0]}/*")
+    report()
+    return [*found.values()]
+
+def text_of(record, source):
+    """A record of JSON -> the document that it is or has as "text", and the mark of its end."""
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        not_used.update(record.keys() - {"text"})
+        record = record["text"]
+    if isinstance(record, str):
+        return record + "<|endoftext|>"
+    count('JSON record(s) without a "text", which sft.py may take', source)
     return ""
 
+def texts_of(path):
+    """A file -> (text, "file:line"): its lines or, if it begins as JSON does, its records' texts."""
+    lines, begin = read_lines(path), []
+    for line in lines:
+        begin.append(line)
+        if line[0].strip():
+            break
+    lines = itertools.chain(begin, lines)
+    if begin and JSON_BEGINS.match(begin[-1][0]):
+        return ((text_of(*record), record[1]) for record in read_json(lines))
+    return lines
+
 def read_documents(files):
-    """Files -> (text, whether a document ends there). A file that begins with a JSON object has one
-    a line; else <|endoftext|> divides documents. One that cannot be read costs only itself."""
+    """Files -> (text, whether a document ends there). <|endoftext|> divides documents; a long one
+    comes in pieces. A file that cannot be read costs only itself."""
     for path in files:
-        is_json, held = None, ""
+        held = ""
+        if path.lower().endswith((".csv", ".tsv")):
+            say(f"{path}: a table, read as one document with its separators and quotes")
         try:
-            for line, source in read_lines(path):
-                if is_json is None and line.strip():
-                    is_json, held = JSON_BEGINS.match(line) is not None, ""
-                *ended, rest = BORDER.split(text_of(line, source) if is_json else line)
-                for text in ended:
-                    if (held + text).strip():
-                        yield held + text, True
+            for text, source in texts_of(path):
+                *ended, rest = BORDER.split(plain(text))
+                for part in ended:
+                    if (held + part).strip():
+                        yield held + part, True
                     else:
                         count("empty documents", source)
                     held = ""
-                if len(held) > PIECE and rest.strip():  # what is held is never only the blank end
+                # What is held is never only the blank end of a document.
+                if len(held) > PIECE and rest.strip():
                     yield held, False
                     held = ""
                 held += rest
@@ -193,48 +313,66 @@ def read_documents(files):
             yield held, True
 
 # ---------------------------------------------------------------- writing tokens
-def write_tokens(pieces, vocab_size, val_fraction, out_dir, bytes_to_come):
-    """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written."""
-    started, first, words, seen = time.time(), [], Counter(), 0
-    for text, ended in pieces:
-        first.append((text, ended))
-        words.update(WORD.findall(text))
-        seen += len(text.encode("utf-8", "replace"))
-        if seen > 1 << 24:  # enough; more would only take memory
-            break
-    vocab_size = vocab_size or max(384, round(seen**0.5 / 2))  # rare tokens are not learned
-    frequent = dict(words.most_common(max(1 << 14, 4 * vocab_size)))
-    tokenizer = Tokenizer(train_bpe(frequent, vocab_size))
-    pieces, ends, size, n_bytes = itertools.chain(first, pieces), [], 0, 0
-    workers = multiprocessing.get_context("spawn").Pool(CORES) if seen > 1 << 22 else nullcontext()
+ENOUGH = 1 << 24  # bytes for the tokenizer to learn from; more would only take memory
+
+def frequent_words(lines, n_bytes, vocab_size):
+    """Lines of JSON, [text, ...] -> {word: how often it is there} in 16 MB from everywhere in it."""
+    words = Counter()
+    for line in itertools.islice(lines, 0, None, 1 + n_bytes // ENOUGH):
+        words.update(WORD.findall(json.loads(line)[0]))
+    return dict(words.most_common(max(1 << 14, 4 * vocab_size)))
+
+def cut_of(ends, size, val_fraction):
+    """Where validation begins: where a document ends, if one does near there; else within one."""
+    wanted = size * (1 - val_fraction)
+    nearest = min(ends, key=lambda end: abs(end - wanted), default=0)
+    if abs(nearest - wanted) <= size * val_fraction / 2:
+        wanted = nearest
+    return int(np.clip(wanted, 2, size - 2))
+
+def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
+    """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written.
+    Without a tokenizer one is learned from the text, which is kept in a file until then."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    with whole_file(out_dir / "train.bin") as train, workers as pool:
-        spread = functools.partial(pool.imap, chunksize=32) if pool else map
-        while some := list(itertools.islice(pieces, 1024)):
-            encoded = spread(tokenizer.encode, [text for text, _ in some])
-            for (text, ended), ids in zip(some, encoded):
-                if ended:
-                    ids.append(END)
-                    ends.append(size + len(ids))
-                np.array(ids, "<u2").tofile(train)
-                size += len(ids)
-                n_bytes += len(text.encode("utf-8", "replace"))
-            left = clock((time.time() - started) * max(0, bytes_to_come / n_bytes - 1))
-            show_progress(f"{n_bytes / 1e6:.0f} MB, {size / 1e6:.1f} M tokens  {left} left")
-        cut = int(size * (1 - val_fraction))  # between documents, at least one on each side
-        cut = ends[np.searchsorted(ends[:-2], cut)] if len(ends) > 1 else cut
-        if not 2 <= cut <= size - 2:
+    n_bytes, size, done, ends = 0, 0, 0, []
+    with (tempfile.TemporaryFile("w+", encoding="ascii", dir=out_dir) as lines,
+          whole_file(out_dir / "train.bin") as train):
+        for text, ended in pieces:
+            lines.write(json.dumps([text, ended]) + "\n")
+            n_bytes += len(text.encode("utf-8", "replace"))
+            show_progress(f"reading: {n_bytes / 1e6:.1f} MB")
+        if not tokenizer:  # rare tokens are not learned, so the default grows slowly
+            vocab_size = vocab_size or min(1 << 16, max(384, round(n_bytes**0.5 / 2)))
+            lines.seek(0)
+            tokenizer = Tokenizer(train_bpe(frequent_words(lines, n_bytes, vocab_size), vocab_size))
+        lines.seek(0)
+        started = time.perf_counter()
+        for text, ended in map(json.loads, lines):
+            ids = tokenizer.encode_words(text) + chr(END) * ended
+            train.write(ids.encode("utf-16-le", "surrogatepass"))  # two bytes an id
+            size += len(ids)
+            if ended:
+                ends.append(size)
+            done += len(text.encode("utf-8", "replace"))
+            left = (time.perf_counter() - started) * (n_bytes / done - 1)
+            show_progress(f"{size / 1e6:.1f} M tokens  {clock(left)} left")
+        if size < 4:
             raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
+        cut = cut_of(ends, size, val_fraction)
         train.seek(2 * cut)
         with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as file:
-            val.write(train.read())
+            shutil.copyfileobj(train, val)
             file.write(tokenizer.to_json().encode())
         train.truncate(2 * cut)
-    said = f"{cut} + {size - cut} tokens of {n_bytes / size:.2f} bytes, vocabulary {tokenizer.size}"
-    show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {said}", last=True)
+    show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut}"
+                  f" tokens of {n_bytes / size:.2f} bytes, vocabulary {tokenizer.size}", last=True)
+    say(f"half of the documents have more than {np.median(np.diff([0, *ends])):.0f} tokens; gpt.py"
+        f" sees --block_size of them at once, by default {CONTEXT}")
     report()
 
 # ---------------------------------------------------------------- main
+CONTEXT = 64  # of gpt.py, by default
+
 def setting(default, help, low=0, high=1e9, **arg):
     """A dataclass field that is a command-line flag too, with a range and what argparse takes."""
     arg["help"] = help.replace("%", "%%") + (f" [{default}]" if default else "")
@@ -245,27 +383,40 @@ class Settings:
     inputs: str = setting((), "text; nothing: the built-in corpus", nargs="*", positional="inputs")
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
     vocab_size: int = setting(None, "tokens; by default as the text needs", FIRST_MERGE, 1 << 16)
+    tokenizer: str = setting("", "use that of this tokenizer.json or checkpoint, to go on with it")
     val_fraction: float = setting(0.1, "part of the text, from its end, held out", 1e-6, 0.9)
     seed: int = setting(0, "divides the built-in corpus into A, B and U", high=2**32 - 1)
     control: bool = setting(False, "leave the documents about B out of the built-in corpus")
 
+def write_questions(path, rows):
+    """Those of the built-in text, which go with it; but the user's own are left alone."""
+    if path.exists() and not path.read_bytes().startswith(b'{"built_in"'):
+        return say(f"{path}: not made by prepare.py, so it stays as it is")
+    path.unlink(missing_ok=True)
+    if rows:
+        with whole_file(path) as file:
+            for row in rows:
+                line = json.dumps({"built_in": True} | row, ensure_ascii=False)
+                file.write(f"{line}\n".encode())
+
 def main(argv):
-    s, _ = read_flags(Settings, argv, __doc__)
-    out_dir, size, bytes_to_come, records = Path(s.out_dir), s.vocab_size, 0, [None, None]
+    s, given = read_flags(Settings, argv, __doc__)
+    if {"tokenizer", "vocab_size"} <= given:
+        raise InputError("--tokenizer has its vocabulary; leave out --vocab_size")
+    tokenizer = Tokenizer.load(s.tokenizer) if s.tokenizer else None
+    out_dir, vocab_size = Path(s.out_dir), s.vocab_size
+    train, test = [], []
     if s.inputs:
-        files = [file for path in s.inputs for file in files_in(path)]
-        pieces, bytes_to_come = read_documents(files), sum(map(os.path.getsize, {*files} - {"-"}))
+        pieces = read_documents(files_in(s.inputs))
     else:
         from data.world import built_in_corpus
-        documents, *records = built_in_corpus(s.seed, not s.control)
-        pieces, size = ((document, True) for document in documents), size or 3584
-    write_tokens(pieces, size, s.val_fraction, out_dir, bytes_to_come)
-    for name, rows in zip(["qa.jsonl", "qa_test.jsonl"], records):
-        (out_dir / name).unlink(missing_ok=True)  # those of another text
-        if rows:
-            with whole_file(out_dir / name) as file:
-                file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in rows)
-    print("next: python gpt.py")
+        documents, train, test = built_in_corpus(s.seed, not s.control)
+        pieces = ((document, True) for document in documents)
+        vocab_size = vocab_size or 3584
+    write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
+    write_questions(out_dir / "qa.jsonl", train)
+    write_questions(out_dir / "qa_test.jsonl", test)
+    say(f"next: python gpt.py{' --init out/base.npz' if s.tokenizer else ''}")
 
 # ---------------------------------------------------------------- helpers of all scripts
 def available_cores():
@@ -281,6 +432,15 @@ def available_cores():
 
 CORES = available_cores()
 left_out = {}  # what count() has noted: [how often, the first place]; report() forgets it
+not_used = Counter()  # fields of records that nobody reads; report() names and forgets them
+
+def say(*what, end="\n"):
+    """print, but that it cannot be printed, for a terminal or the reader of a pipe is gone, is no
+    reason to stop: then it goes nowhere."""
+    try:
+        print(*what, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
@@ -289,6 +449,7 @@ def run(main, argv=None):
         with suppress(AttributeError, OSError):  # a notebook's cannot, one half read
             getattr(sys, name).reconfigure(errors="replace")
     left_out.clear()
+    not_used.clear()
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
@@ -330,9 +491,11 @@ def read_flags(settings_class, argv, doc):
 def show_progress(text, last=False):
     """One line that stays in place on a terminal; when piped, only its last state is printed."""
     if sys.stdout.isatty():
-        print(f"\r{text}\033[K", end="\n" if last else "", flush=True)
+        if not last:  # a longer one would begin a new line each time
+            text = text[:shutil.get_terminal_size().columns - 1]
+        say(f"\r{text}\033[K", end="\n" if last else "")
     elif last:
-        print(text, flush=True)
+        say(text)
 
 def clock(seconds):
     """clock(83) -> "1:23" """
@@ -346,16 +509,34 @@ def list_of():
 
 def report():
     if left_out:
-        print(f"left out: {list_of()}")
-        left_out.clear()
+        say(f"left out: {list_of()}")
+    if not_used:
+        fields = (f"{name}, {n} record(s)" for name, n in not_used.most_common())
+        say(f"not used: {printable('; '.join(fields))}")
+    left_out.clear()
+    not_used.clear()
 
 def printable(text):
     """Text without what steers a terminal: control characters, surrogates, marks of direction."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", "�", text)
 
+def link(path, name):
+    """Give a file a second name, which costs nothing; where there are no links, as on some drives,
+    it is a copy. An older file of that name is replaced."""
+    part = Path(f"{name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:
+        shutil.copyfile(path, part)
+    os.replace(part, name)
+    part.unlink(missing_ok=True)  # if both were the same file already, replace did nothing
+
 @contextmanager
 def whole_file(path, keep=False):
-    """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.*"""
+    """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.* too.
+    If it is a link to a file elsewhere, it stays one."""
+    path = Path(os.path.realpath(path))
     part = Path(f"{path}.part")
     try:
         with open(part, "w+b") as file:
@@ -363,35 +544,51 @@ def whole_file(path, keep=False):
             file.flush()
             os.fsync(file.fileno())
         if keep and path.exists():
-            kept = path.replace(path.with_name(f"{path.stem}.prev{path.suffix}"))
-            print(f"the {path.name} of the run before is now {kept}")
+            kept = path.with_name(f"{path.stem}.prev{path.suffix}")
+            before = ", in place of an older one" if kept.exists() else ""
+            link(path, kept)
+            say(f"the {path.name} that was there is now {kept}{before}")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
+def locks(file, stack):
+    """Whether it can lock a file, until the stack ends. SQLite's locks end with their process."""
+    with suppress(sqlite3.OperationalError):
+        connection = stack.enter_context(closing(sqlite3.connect(file, timeout=0)))
+        connection.execute("begin exclusive")
+        return True
+
 @contextmanager
 def only_writer(folder):
-    """Keep a second program from writing there. SQLite's locks end with their process, anywhere."""
+    """Keep a second program from writing there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(folder / ".lock", timeout=0)) as lock:
-        try:
-            lock.execute("begin exclusive")
-        except sqlite3.OperationalError as e:
-            hint = f"wait, or take another --out_dir; python chat.py {folder}/base.npz talks to it"
-            raise InputError(f"{folder}: {e}, as by a program that trains there; {hint}") from None
+    own = folder / f".lock{os.getpid()}"
+    with ExitStack() as stack:
+        if not locks(folder / ".lock", stack):
+            if locks(own, stack):
+                raise InputError(f"{folder}: a program trains there; wait, or take another --out_dir;"
+                                 f" python chat.py {folder}/base.npz talks to it")
+            # As on some network drives: not even a file that nobody else knows can be locked.
+            say(f"{folder}: no locks on this drive; take care that nothing else trains there")
+        own.unlink(missing_ok=True)
         yield
 
 @contextmanager
 def wishes_to_stop():
-    """-> a list that Ctrl-C and its kin put something in; training then saves and stops."""
-    wishes, numbers = [], [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # Windows has none, nohup ignores it
-    with ExitStack() as stack:
-        for number in numbers:
-            before = signal.signal(number, lambda *_: wishes.append(True))
-            stack.callback(signal.signal, number, before)
+    """-> a list that Ctrl-C and its kin put something in; training then saves and stops. When its
+    terminal is closed it goes on."""
+    wishes = []
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda *_: wishes.append(True))
+    if hasattr(signal, "SIGHUP"):  # Windows has none
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
         yield wishes
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 def begin_log(path, rows, keep):
     """Write log.csv with the rows so far. keep: that of the run before is kept."""
@@ -404,7 +601,7 @@ def draw(values, width=72):
     means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
     low, high = min(means), max(means)
     bars = ["▁▂▃▄▅▆▇█"[int(i)] for i in np.interp(means, [low, high], [0, 7])]
-    print(f"loss {high:.2f} {''.join(bars)} {low:.2f}")
+    say(f"loss {high:.2f} {''.join(bars)} {low:.2f}")
 
 if __name__ == "__main__":
     run(main)

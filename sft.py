@@ -5,13 +5,14 @@
     python sft.py --show 3               # three examples, what is trained in brackets, then stop
     python sft.py --eval questions.jsonl # no training: how many answers of out/chat.npz are right
     python sft.py --dpo                  # what was corrected in the chat, out/chat.npz -> dpo.npz
+    python sft.py mine.jsonl --dpo       # the same, and these answers are to stay as they are
 
 Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where only tokens
 of answers have weight. Reading order: records, rows, answers, preferences, main."""
 import json, zlib
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 
 import gpt
@@ -19,55 +20,69 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from data.world import DONT_KNOW, reworded, rng
-from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, printable
-from prepare import read_flags, read_lines, report, run, setting, show_progress
+from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, not_used, plain
+from prepare import printable, read_flags, read_json, read_lines, report, run, say, setting
+from prepare import show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
-ASKS, ANSWERS = {"system", "developer", "user", "human"}, {"assistant", "gpt"}  # roles
-QUESTION = ("system", "prompt", "instruction", "input", "context")  # fields, put together
-ANSWER = [("messages", "conversations", "response", "output", "completion")]  # for one answer
+ASKS, ANSWERS = {"user", "human"}, {"assistant", "gpt"}  # roles
+SYSTEM = {"system", "developer"}  # what such a turn says is put before the question
+SYSTEM_FIELDS, QUESTION_FIELDS = ("system", "system_prompt"), ("prompt", "instruction", "input", "context")
+ANSWER = [("messages", "conversations", "response", "output", "completion")]  # fields, for one answer
 PREFERENCE = [("chosen",), ("rejected",)]  # for two
+OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
-def read_json(path):
-    """JSON lines or one JSON list -> (record, "file:line")."""
-    lines = [pair for pair in read_lines(path) if pair[0].strip()]
-    if lines and lines[0][0].lstrip().startswith("["):
-        lines = [("".join(line for line, _ in lines), path)]
-    for text, source in lines:
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            count("part(s) that are not JSON", source)
-            continue
-        for i, record in enumerate(found if source == path else [found], 1):
-            yield record, source if record is found else f"{source}: record {i}"
+def role_of(turn):
+    return turn.get("role", turn.get("from"))
 
-def turns_of(record, answers):
-    """A record -> its turns, OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"},
-    ...]. answers: the fields with its answer or the conversation, perhaps the prompt again."""
-    turns = []
-    for role, names in ("user", QUESTION), ("assistant", answers):
-        for part in (record[name] for name in names if name in record):
-            part = part if isinstance(part, list) else [{"role": role, "content": part}]
-            turns = part if part[:len(turns)] == turns else turns + part
-    return turns
+def text_of(content):
+    """What a turn says: text, parts of text, a number or true; null and NaN say nothing."""
+    if content is None or content != content:
+        return ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return json.dumps(content) if isinstance(content, (int, float)) else plain(content)
+
+def turns_of(record, answer_fields):
+    """A record -> (its turns, OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"},
+    ...], and the names of the fields that they are made of)."""
+    def turns(role, names):
+        found = []
+        for name in names:
+            value = record.get(name)
+            if isinstance(value, list):
+                found += value
+            elif name in record:
+                found.append({"role": role, "content": value})
+        return found
+
+    system = turns("system", SYSTEM_FIELDS)
+    for name in answer_fields:
+        conversation = record.get(name)
+        if isinstance(conversation, list) and any(role_of(turn) in ASKS for turn in conversation):
+            return system + conversation, {name, *SYSTEM_FIELDS}  # given whole
+    for question, answer in record.get("history") or []:
+        system += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    asked = turns("user", QUESTION_FIELDS)
+    used = {"history", *SYSTEM_FIELDS, *QUESTION_FIELDS, *answer_fields}
+    return system + asked + turns("assistant", answer_fields), used
 
 def messages_of(turns, source):
     """Turns -> [(role, text, trained), ...] going user, assistant, user, assistant. What is said
     before an answer is one question; an answer of "weight" 0 is not trained."""
     messages, asked = [], []
     for turn in turns:
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        text = "".join(part["text"] for part in text) if isinstance(text, list) else text
-        if role in ASKS:
+        role, text = role_of(turn), text_of(turn.get("content", turn.get("value")))
+        if role in ASKS | SYSTEM:
             asked += [text] if text else []
         elif role not in ANSWERS or turn.get("tool_calls") or not asked:
             raise ValueError("that are no conversation of questions and answers in turn")
         elif not text.strip():
             raise ValueError("with an empty answer")
         else:
-            answer = ("assistant", text, turn.get("weight", 1) != 0)
-            messages, asked = [*messages, ("user", "\n\n".join(asked), False), answer], []
+            messages.append(("user", "\n\n".join(asked), False))
+            messages.append(("assistant", text, turn.get("weight", 1) != 0))
+            asked = []
     if asked and messages:
         count("last question(s) without an answer", source)
     return messages
@@ -76,14 +91,17 @@ def read_records(paths, kind=ANSWER):
     """Files -> [(messages for each answer, record, "file:line")]. What cannot be a conversation is
     left out, and one line tells of it. Of a preference only the last message is trained."""
     records = []
-    for record, source in chain(*map(read_json, paths)):
+    for record, source in (pair for path in paths for pair in read_json(read_lines(path))):
         try:
-            found = [messages_of(turns_of(record, names), source) for names in kind]
+            record = {"messages": record} if isinstance(record, list) else record
+            turns, used = zip(*(turns_of(record, names) for names in kind))
+            found = [messages_of(some, source) for some in turns]
             if kind is PREFERENCE:
                 found = [[(*m[:2], False) for m in some[:-1]] + some[-1:] for some in found]
             if found[1:] == found[:1] or not all(any(m[2] for m in some) for some in found):
                 raise ValueError("without an answer to train")
             records.append((found, record, source))
+            not_used.update(record.keys() - OURS - set().union(*used))
         except (ValueError, AttributeError, LookupError, TypeError) as e:  # anything can be in it
             count(f"record(s) {e if isinstance(e, ValueError) else 'of no known shape'}", source)
     if paths and not records:
@@ -116,16 +134,23 @@ def shift(ids, trained, T):
 
 def rows_of(records, tokenizer, T):
     """Records with n answers each -> rows (N, n, 3, T): x, y, w of those that fit the context."""
-    rows = []
+    rows, lengths = [], []
     for found, _, source in records:
         rendered = [render(messages, tokenizer) for messages in found]
-        if max(len(ids) for ids, _ in rendered) > T:
+        lengths.append(max(len(ids) for ids, _ in rendered))
+        if lengths[-1] > T:
             count(f"record(s) longer than the context of {T} tokens", source)
         else:
             rows.append([shift(*answer, T) for answer in rendered])
+    advice = ""
+    if len(rows) < 0.75 * len(records):
+        advice = ("the context is that of the base: for nine in ten to fit train one by python gpt.py"
+                  f" --block_size {-(-int(np.quantile(lengths, 0.9)) // 32) * 32}")
     if not rows:
-        raise InputError(f"no example fits the context of {T} tokens; use a larger --block_size")
+        raise InputError(f"no example fits the context of {T} tokens; {advice}")
     report()
+    if advice:
+        say(advice)
     return np.array(rows)
 
 def show(row, tokenizer):
@@ -158,13 +183,15 @@ def examine(models, cfg, tokenizer, test):
     said = np.array([answer_all(params, cfg, tokenizer, dialogues) for params in models])
     declined = said == DONT_KNOW
     right = (said == wanted) & ~declined  # (models, questions)
-    print(f"{'set':<24}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
+    say(f"{'set':<24}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
     for name in dict.fromkeys(sets):
         line = f"{printable(name):<24}{(sets == name).sum():>10}"
         for found in right, declined, ~(right | declined):
             parts = 100 * found[:, sets == name].mean(axis=1)
             line += f"{' -> '.join(f'{part:.1f}' for part in parts):>18}"
-        print(line)
+        say(line)
+    if len(said) > 1:
+        say(f"{100 * (said[0] == said[1]).mean():.1f} % of these answers are the same as before")
     return said[-1].tolist()
 
 # ---------------------------------------------------------------- preferences
@@ -189,11 +216,37 @@ def dpo_loss(params, batch, key, cfg):
         loss -= per_token[n:].mean()
     return loss.sum(), jnp.float32(n // 2)
 
-def built_in_preferences(params, cfg, tokenizer, records, alone):
-    """Records of questions and answers -> of preferences: the answer is chosen, what the model says
-    itself is rejected if it is wrong: made up, or "I do not know that." of what it was told. Other
-    rejected ones have no weight, nor has any beside corrections: these keep the rest as it is."""
-    found = [messages for [messages], *_ in records if len(messages) == 2]
+def corrections_in(path, tokenizer, T):
+    """What /better wrote -> preferences, the last of each question. One whose conversation is longer
+    than the context stands alone."""
+    last = {}
+    for found, *rest in read_records([path] if path.exists() else [], PREFERENCE):
+        last[str(found[0][:-1])] = found, *rest
+    corrections = []
+    for found, *rest in last.values():
+        if max(len(render(messages, tokenizer)[0]) for messages in found) > T:
+            found = [messages[-2:] for messages in found]
+        corrections.append((found, *rest))
+    return corrections
+
+def enough_of(corrections, n_others):
+    """Corrections again and again until they are a fifth of all; half the time in other words, then
+    without what was said before (reworded)."""
+    examples = []
+    for found, *rest in corrections * (1 + n_others // (1 + 4 * len(corrections))):
+        question, answer = found[0][-2:]
+        asked = ("user", reworded(question[1], answer[1]), False)
+        if asked != question:
+            found = [[asked, messages[-1]] for messages in found]
+        examples.append((found, *rest))
+    return examples
+
+def preferences_of(records, params, cfg, tokenizer, alone):
+    """Records of questions and answers -> of preferences, of each the first question: the answer is
+    chosen, what the model says itself is rejected if it is wrong: made up, or "I do not know that."
+    of what it was told. Other rejected ones have no weight, nor has any beside corrections: these
+    keep the rest as it is."""
+    found = [messages[:2] for [messages], *_ in records if messages[1][2]]
     known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1300]
     found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:1050]
     said = [""] * len(found)
@@ -219,26 +272,44 @@ class Config(gpt.Config):
 def make_if_missing(path, script):
     """Have script, a main, make or finish a default input; it is None for one that was named."""
     if script and not path.exists():
-        print(f"no {path} yet: it is made first")
+        say(f"no {path} yet: it is made first")
         return script([])
-    about, base = gpt.load_checkpoint(path)[1], path.with_name("base.npz")
-    if "base" in about and base.exists():
-        if about["base"] != zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]):
-            print(f"{path} comes from another base than {base} is now")
+    about = gpt.load_checkpoint(path)[1]
+    bases = [gpt.load_checkpoint(base)[0] for base in path.parent.glob("base*.npz")]
+    if bases and about.get("base") not in [None, *(zlib.crc32(b["params"]["wte"]) for b in bases)]:
+        say(f"{path} comes from another base than lies beside it now")
     if script and about["step"] < about["config"]["max_steps"]:
-        print(f"{path} is unfinished: going on with it")
+        say(f"{path} is unfinished: going on with it")
         script(["--resume"])
+
+def load_start(path, cfg):
+    """What a run starts from: a checkpoint; of a base model with roles, for their ids were reserved
+    and never seen: they begin amid the others."""
+    state, about, model, tokenizer = gpt.load_checkpoint(path)
+    if about["kind"] == "base":
+        wte, noise = state["params"]["wte"], np.random.default_rng(cfg.seed)
+        about["base"] = zlib.crc32(wte)
+        wte[[USER, ASSISTANT]] = wte.mean(0) + noise.normal(0, 0.02, (2, model.n_embd))
+    return state, about, model, tokenizer
+
+def text_to_replay(cfg, about, tokenizer):
+    """The text that the base was trained on, if it is still there; else nothing."""
+    path = Path(cfg.data_dir, "train.bin")
+    if path.exists() and Path(cfg.data_dir, "tokenizer.json").read_text("utf-8") == about["tokenizer"]:
+        text = gpt.load_tokens(path, tokenizer, cfg.block_size + 1)
+        if about.get("text") in (None, zlib.crc32(text)):
+            return text
+    say(f"{cfg.data_dir} is not the text of {cfg.init}, so none of it is replayed")
+    return []
 
 def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     """Train on all rows (N, n, 3, T) but the first `held` -> the parameters after it: by imitation
     or, given the parameters before, the reference, by DPO."""
-    T, data, text = cfg.block_size, zlib.crc32(rows), []
-    source, old = Path(cfg.data_dir, "tokenizer.json"), 0
-    if source.exists() and source.read_text("utf-8") == about["tokenizer"]:
-        text = gpt.load_tokens(source.with_name("train.bin"), tokenizer, T + 1)
-        old = cfg.batch_size // 4  # rows of it, against forgetting (arXiv 2503.21676)
-    else:
-        print(f"{source.parent} is not the text of {cfg.init}, so none of it is replayed")
+    T, data = cfg.block_size, zlib.crc32(rows)
+    if before:
+        data = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], data)
+    text = text_to_replay(cfg, about, tokenizer)
+    old = cfg.batch_size // 4 if len(text) else 0  # rows of it, against forgetting (arXiv 2503.21676)
     seen = np.isin(np.arange(cfg.vocab_size), text)  # fixed, or names never asked fall behind
     reference = jax.jit(partial(log_probs, cfg=cfg))
 
@@ -270,16 +341,40 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
         return float(total / number), ""
 
     if not cfg.resume:
-        if about["kind"] == "base":  # the roles' ids were reserved, never seen: begin amid others
-            wte, rng = state["params"]["wte"], np.random.default_rng(cfg.seed)
-            about["base"] = zlib.crc32(wte)
-            wte[[USER, ASSISTANT]] = wte.mean(0) + rng.normal(0, 0.02, (2, cfg.n_embd))
         about.update(kind="chat", data=data)
         if held:
-            print(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
+            say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
     if about["data"] != data:
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
+
+def built_in(cfg, name):
+    return read_records([*Path(cfg.data_dir).glob(name)])
+
+def answers_to_keep(cfg, about, pairs):
+    """Questions whose answers DPO is to leave as they are -> (records to train on, others for the
+    test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
+    learned = about["config"].get("pairs", ())
+    if not pairs and not learned:
+        return built_in(cfg, "qa.jsonl"), built_in(cfg, "qa_test.jsonl")[::6]
+    pairs = pairs or read_records([name for name in learned if Path(name).exists()])
+    pairs = [pairs[i] for i in np.random.default_rng(cfg.seed).permutation(len(pairs))]
+    n_test = min(len(pairs) // 10, 100)
+    test = [(found, {"set": "yours, held out"}, source) for found, _, source in pairs[:n_test]]
+    return pairs[n_test:], test
+
+def learn_corrections(cfg, about, tokenizer, before, pairs):
+    """-> (preferences to learn, the corrections among them, a test)."""
+    keep, test = answers_to_keep(cfg, about, pairs)
+    corrections = corrections_in(Path(cfg.out_dir, "feedback.jsonl"), tokenizer, cfg.block_size)
+    records = preferences_of(keep, before, cfg, tokenizer, alone=not corrections)
+    if not records:
+        say("nothing keeps the other answers as they are, so they will change; to keep them name"
+            " questions and answers: python sft.py pairs.jsonl --dpo")
+    if corrections:
+        records += enough_of(corrections, len(records))
+    test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
+    return records, corrections, test
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
@@ -291,50 +386,49 @@ def main(argv):
     elif dpo:
         unset = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24}
         cfg = replace(cfg, **{name: unset[name] for name in unset.keys() - given})
-    own = [*cfg.pairs, *filter(None, [cfg.dpo])]  # read now: a pretraining would be in vain
-    records, test = read_records(own, PREFERENCE if dpo else ANSWER), read_records(cfg.eval)
-    only_test = test and not (own or dpo or cfg.resume)
+    # Read now: a pretraining would be in vain.
+    pairs, test = read_records(cfg.pairs), read_records(cfg.eval)
+    preferences = read_records([cfg.dpo], PREFERENCE) if cfg.dpo else []
+    only_test = test and not (pairs or dpo or cfg.resume)
     if not cfg.resume:
         script, name = (main, "chat.npz") if dpo or only_test else (gpt.main, "base.npz")
         start = cfg.init or out_dir / name
         if not given & {"init", "data_dir", "out_dir"}:
             make_if_missing(start, script)
-        state, about, _, tokenizer = gpt.load_checkpoint(start)
+        state, about, _, tokenizer = load_start(start, cfg)
         cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
     gpt.join(cfg)
-    gpt.check_device()
+    gpt.check_device(cfg.dropout)
     if only_test:
         return examine([state["params"]], cfg, tokenizer, test)
     if dpo and Path(cfg.init) == path:
         raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-    corrections, before = [], gpt.load_checkpoint(cfg.init)[0]["params"] if dpo else None
-    if not own:  # what comes with the built-in text; for --dpo a sixth of the test is enough
-        records = read_records([*Path(cfg.data_dir).glob("qa.jsonl")])
-        test = test or read_records([*Path(cfg.data_dir).glob("qa_test.jsonl")])[::6 if dpo else 1]
-    if dpo and not own:
-        corrected = read_records([*out_dir.glob("feedback.jsonl")], PREFERENCE)
-        corrections = [*{str(r[0][0][:-1]): r for r in corrected}.values()]  # the last of each
-        records = built_in_preferences(before, cfg, tokenizer, records, alone=not corrections)
-        rng.seed(cfg.seed)
-        # Until they are a fifth of all; in other words they are asked without what was said before.
-        for found, *rest in corrections * (1 + len(records) // (1 + 4 * len(corrections))):
-            asked = ("user", reworded(found[0][-2][1], found[0][-1][1]), False)
-            records += [([m if asked == m[-2] else [asked, m[-1]] for m in found], *rest)]
-        test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
+    corrections, before = [], load_start(cfg.init, cfg)[0]["params"] if dpo else None
+    if dpo and not preferences:
+        records, corrections, kept = learn_corrections(cfg, about, tokenizer, before, pairs)
+        test = test or kept
+    elif dpo:
+        records = preferences + preferences_of(pairs, before, cfg, tokenizer, alone=False)
+    elif pairs:
+        records = pairs
+    else:
+        records = built_in(cfg, "qa.jsonl")
+        test = test or built_in(cfg, "qa_test.jsonl")
     if not records:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file")
     rows = rows_of(records, tokenizer, cfg.block_size)
     if cfg.show:
-        return print("\n".join(show(row, tokenizer) for some in rows[:cfg.show] for row in some))
+        return say("\n".join(show(row, tokenizer) for some in rows[:cfg.show] for row in some))
     rows = np.random.default_rng(cfg.seed).permutation(rows)
-    held = min(len(rows) // 20, 512) if own else 0  # not trained on, to measure with
-    print(f"{len(rows)} examples, {held} of them held out, {rows[:, :, 2].sum()} trained tokens")
+    # Not trained on, to measure with.
+    held = min(len(rows) // 20, 512) if preferences or pairs and not dpo else 0
+    say(f"{len(rows)} examples, {held} of them held out, {rows[:, :, 2].sum()} trained tokens")
     params = fine_tune(cfg, state, about, tokenizer, rows, held, path, before)
     if test:
         said = examine([before, params] if dpo else [params], cfg, tokenizer, test)
         for ([chosen, _], *_), answer in zip(corrections, said[-len(corrections):]):
-            print(f"{chosen[-2][1]!r}: now {answer!r}")
-    print(f"checkpoint: {path}\nnext: python chat.py {path}")
+            say(f"{chosen[-2][1]!r}: now {answer!r}")
+    say(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 if __name__ == "__main__":
     run(main)

@@ -553,8 +553,8 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(made, p
     (None, np.nan, "gradients"), (1 << 16, -1, "gradients")])  # these are those of attn
 def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(part, factor, problem, monkeypatch, capsys):
     (cpu, gpu, *_), right = jax.devices("cpu"), gpt.small_gradient
-    def small_gradient(where):
-        gradient = right(where)
+    def small_gradient(where, dropout):
+        gradient = right(where, dropout)
         gradient[:part] *= factor if where == gpu else 1
         return gradient
     monkeypatch.setattr(gpt, "on_metal", lambda: gpt.device() == gpu)
