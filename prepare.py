@@ -189,7 +189,7 @@ def read_json(lines):
     decode = json.JSONDecoder().raw_decode
     text, number, name = "", 1, ""  # what is taken and not read yet, in which line it begins
     enough = 0  # characters, for another try after it was cut off
-    next_record = NEXT_LINE
+    next_record, n_records, in_list = NEXT_LINE, 1, ""
     for line, source in itertools.chain(lines, [("", "")]):  # the last stands for the end
         name = name or source.rpartition(":")[0]
         text += line
@@ -203,14 +203,14 @@ def read_json(lines):
         enough = 0
         while (start := BETWEEN.match(text, at).end()) < len(text):
             number += text.count("\n", at, start)
-            if next_record is not NEXT_LINE and re.search(r",\s*\]", text[at:start]):
-                count("part(s) that are not JSON", f"{name}:{number}")  # a comma too many
             at = start
+            if next_record is not NEXT_LINE:
+                in_list = f": record {n_records}"
             try:
                 record, end = decode(text, at)
                 if isinstance(record, str) and next_record is not NEXT_STRING:
                     raise ValueError("a name beside the list")
-                yield record, f"{name}:{number}"
+                yield record, f"{name}:{number}{in_list}"
             except (ValueError, RecursionError) as e:
                 place = getattr(e, "pos", at)
                 cut_off = place >= len(text.rstrip())
@@ -218,11 +218,14 @@ def read_json(lines):
                 if source and (cut_off or not found):
                     enough = 2 * (len(text) - at)
                     break
-                count("part(s) that are not JSON", f"{name}:{number}")
+                count("part(s) that are not JSON", f"{name}:{number}{in_list}")
                 end = found.end() if found else len(text)
             number += text.count("\n", at, end)
+            n_records += 1
             at = end
         text = text[at:]
+    if re.search(r",\s*\]", text):  # a comma too many, after the last record
+        count("part(s) that are not JSON", f"{name}:{number}")
 
 # ---------------------------------------------------------------- documents
 def is_text(path):
@@ -366,8 +369,8 @@ def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
         train.truncate(2 * cut)
     show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut}"
                   f" tokens of {n_bytes / size:.2f} bytes, vocabulary {tokenizer.size}", last=True)
-    say(f"half of the documents have more than {np.median(np.diff([0, *ends])):.0f} tokens; gpt.py"
-        f" sees --block_size of them at once, by default {CONTEXT}")
+    say(f"the median document has {np.median(np.diff([0, *ends])):.0f} tokens; gpt.py sees"
+        f" --block_size at once, by default {CONTEXT}")
     report()
 
 # ---------------------------------------------------------------- main

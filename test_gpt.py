@@ -17,6 +17,7 @@ import chat, gpt, prepare, sft
 import jax
 import numpy as np
 import pytest
+from data import world
 from data.world import built_in_corpus, reworded
 from jax import tree
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
@@ -140,13 +141,14 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping():
     state = gpt.new_state(dict(params))
     for t in range(5):
         grads = tree.map(lambda p: RNG.normal(size=p.shape) * 10.0 ** (t - 2), params)
+        grads["matrix"][[0, t % 3]] = 0  # row 0 never has a gradient, others not always
         state = gpt.adam(state, grads, t + 1, 0.01, CFG)
         length = np.sqrt(sum((g**2).sum() for g in grads.values()))
         age = np.arange(t, -1, -1)  # of past[0], past[1], ...
         for name, p in params.items():
             gs = past[name] = [*past[name], grads[name] / max(1, length)]
             mean, square = np.average(gs, 0, 0.9**age), np.average(np.square(gs), 0, 0.99**age)
-            decay = 0.1 * p if name == "matrix" else 0
+            decay = 0.1 * p * (square > 0) if name == "matrix" else 0
             params[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
     assert_close(state["params"], params, 1e-5)
 
@@ -170,6 +172,38 @@ def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(
     for a in tree.leaves(state):  # split: to each device its part of the memory
         assert a.addressable_shards[0].data.nbytes * (devices if shard else 1) == a.nbytes
 
+def test_each_micro_batch_has_a_dropout_key_of_its_own():
+    def number_in_key(params, batch, key):
+        return key[1] + 0 * params["norm"][0], 1
+    cfg, state = replace(CFG, grad_accum=3), gpt.new_state(PARAMS)
+    step = gpt.make_step(number_in_key, lambda number: [], cfg, gpt.placements_of(state, cfg))
+    assert step(state, 4, 0.01)[1] == 13  # the mean of 12, 13 and 14
+
+def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
+    numbers = []
+    monkeypatch.setattr(gpt, "drop", lambda x, cfg, key, number: numbers.append(number) or x)
+    gpt.forward(PARAMS, X, CFG)
+    assert len({*numbers}) == len(numbers) == 1 + 2 * L
+
+@parametrize("length", [5, 20])
+def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length):
+    ids = np.arange(1, 401) % length  # documents, such as 1 2 3 4 and then 0, which is END
+    batches = [gpt.random_batch(ids, 8, 8, 0, number) for number in range(300)]
+    x, y, w = np.concatenate(batches, axis=1).astype(int)
+    assert (y == (x + 1) % length).all() and w.all()
+    assert {*x[:, 0]} == {END, *range(4, length)}
+    often = np.bincount(y.ravel())
+    assert often.max() < 2 * often.mean() < 4 * often.min()
+    assert (x[:8] != gpt.random_batch(ids, 8, 8, 1, 0)[0]).any()  # another seed
+
+def test_validation_is_the_mean_of_the_twins_losses_and_their_bits_for_a_byte():
+    ids = TOKENS.ravel()[:5 * T + 1]  # 5 rows; a batch has more
+    x, y = np.reshape([ids[:-1], ids[1:]], (2, 5, T))
+    nats = sum(twin(EXACT, *row, np.ones(T))[1] for row in zip(x, y))
+    n_bytes = (y >= len(SPECIAL)).sum()  # each other id here is a byte
+    found = gpt.make_validation(ids, TOKENIZER, CFG)(PARAMS)
+    assert found == approx((nats / y.size, nats / np.log(2) / n_bytes), rel=1e-4)
+
 def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(monkeypatch):
     monkeypatch.setattr(gpt, "END", 11)  # that some rows end in
     prompts = [row[:n].tolist() for row, n in zip(X, [1, 3, T, 2, 5])] + [[11] * (T + 2), [1], [2]]
@@ -189,6 +223,7 @@ def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
         return Counter(gpt.sample(logits, history, rng, temperature, **how) for _ in range(2000))
     assert [*drawn(0)] == [*drawn(top_p=0)] == [0] and [*drawn(0, [0], repetition_penalty=2.0)] == [1]
     assert {*drawn(top_k=2)} == {*drawn(top_p=0.79)} == {0, 1} and {*drawn(top_p=0.81)} == {0, 1, 2}
+    assert gpt.sample([2, 1.5], [0], None, repetition_penalty=2.0) == 1
     assert abs(drawn()[1] - 600) < 60 and abs(drawn(2)[1] - 587) < 60
 
 # ---------------------------------------------------------------- tokenizer and examples
@@ -238,8 +273,8 @@ def test_hostile_text_takes_linear_time(text):
     for tokenizer in (tokenizer_of(text, 270), TOKENIZER):  # quadratic time would be hours
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
-@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me", "ภาษา|ไทยที่|นี่"])
-def test_combining_marks_stay_in_their_word(text):
+@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me", "ภาษา|ไทยที่|นี่", "123|45"])
+def test_combining_marks_stay_in_their_word_and_digits_come_in_threes(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
 def dialogue(*texts):
@@ -280,6 +315,10 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
         doubt = CFG.beta / (1 + np.exp(margin))
         factors = np.stack([doubt + per_token, -doubt], 1)[:, ::order].ravel()  # of rows' gradients
         assert_close(gradient, tree.map(lambda *g: np.tensordot(factors, g, 1), *GRADIENTS), 1e-3)
+    # With four references the last two rows are replayed text: each pair adds their mean loss.
+    total, _ = sft.dpo_loss(PARAMS, [*batch[:3], batch[3][:4]], None, CFG)
+    replayed = np.mean(LOSSES[4:] / W[4:].sum(1))
+    assert total == approx((losses[:2] + replayed).sum(), rel=1e-4)
     batch[2] = batch[2] * np.float32([[1], [0]] * 3)  # the rejected of those beside corrections
     assert all(np.isfinite(g).all() for g in tree.leaves(objective(PARAMS, batch, None)))
 
@@ -343,6 +382,7 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
 @parametrize("row", rows(TEXT_FILES, 4))
 def test_a_file_of_text_becomes_the_documents_that_are_in_it(row, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "PIECE", 5)  # most documents come in several
     name, text, expected, says = (cell.encode().decode("unicode_escape") for cell in row)
     write(name, text)
     assert says in outcome(f"prepare {name} --vocab_size=300")
@@ -413,8 +453,10 @@ def end(process, typed=None):  # -> what it printed, its errors, its exit status
 def documents():
     tokenizer = Tokenizer.load("data/tokenizer.json")
     tokenizer.bytes[END] = b"\0"
-    ids = [*np.fromfile("data/train.bin", "<u2"), *np.fromfile("data/val.bin", "<u2")]
-    return tokenizer.decode(ids).split("\0")[:-1]
+    train, val = (np.fromfile(f"data/{name}.bin", "<u2") for name in ("train", "val"))
+    found = tokenizer.decode([*train, *val]).split("\0")[:-1]
+    assert train[-1] == END or len(found) == 1  # only a document that is alone is cut
+    return found
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -438,6 +480,48 @@ def test_the_road_from_text_to_answers(made):
     assert outcome("sft pairs.json --show=1") == (
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
+
+def test_a_base_model_is_asked_to_begin_a_document(made, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpt, "sample", lambda logits, ids, *_, **how: asked.extend(ids) or END)
+    outcome("chat out/base.npz --prompt='the cat'")
+    assert asked[0] == END and END not in asked[1:]
+
+def test_fine_tuning_takes_the_rows_by_chance_but_never_the_held_out_and_replays(made, monkeypatch):
+    answers = ["X" * n for n in range(1, 21)]  # told apart by their lengths
+    write("lengths.json", "\n".join(f'{{"prompt": "?", "response": "{a}"}}' for a in answers))
+    given, lengths, replayed = [], [], set()
+    monkeypatch.setattr(gpt, "train", lambda *args: given.extend(args) or {"params": None})
+    outcome("sft lengths.json --init=out/base.npz --batch_size=4")
+    for x, y, w in map(given[4], range(19)):  # batch_at: 3 of the 19 rows left, and one replayed
+        lengths += w[:3].sum(1).tolist()
+        replayed.add(x[3].tobytes())
+    assert {*Counter(lengths).values()} == {3}
+    assert len({*lengths[:18]}) == 18 and lengths[:18] != sorted(lengths[:18])
+    assert len(replayed) > 1
+
+def test_an_answer_is_right_or_declined_or_wrong(made, monkeypatch):
+    monkeypatch.setattr(sft, "DONT_KNOW", "the rat ran")  # its answer to one of the questions
+    write("exam.json", 20 * """{"prompt": "who ran?", "response": "the rat ran"}
+        {"prompt": "who ran?", "response": "no rat"}
+        {"prompt": "where is the cat?", "response": "the cat sat on the mat"}
+        {"prompt": "where is the cat?", "response": "on a mat"}\n""")
+    said = outcome("sft --eval=exam.json --init=out/chat.npz")
+    assert re.search("all +80 +25.0 +50.0 +25.0\n", said)
+
+def test_of_its_own_answers_the_wrong_are_rejected(made, monkeypatch):
+    monkeypatch.setattr(gpt, "sample", lambda logits, *_, **how: int(logits.argmax()))
+    write("told/qa.jsonl", """{"prompt": "who ran?", "response": "no rat"}
+        {"prompt": "where is the cat?", "response": "the cat sat on the mat"}""")
+    said = outcome("sft --dpo --init=out/chat.npz --data_dir=told --out_dir=uncorrected --show=9")
+    assert re.findall(r"\[ (.*)<.*]", said) == ["no rat", "the rat ran", "the cat sat on the mat"]
+
+def test_the_last_correction_of_a_question_is_learned(made):
+    write("corrected/feedback.jsonl", """{"prompt": "who ran?", "chosen": "a cat", "rejected": "no"}
+        {"prompt": "who ran?", "chosen": "a hat", "rejected": "no"}""")
+    said = outcome("sft --dpo --init=out/chat.npz --out_dir=corrected --batch_size=4 "
+                   "--max_steps=40 --learning_rate=0.006")
+    assert re.search("corrected by you +1 +0.0 -> 100.0", said) and "now 'a hat'" in said
 
 @parametrize("where, complains", [("Où", ""), ("O\udcf9", "standard input:3: not all of it is UTF-8\n")])
 def test_piped_questions_get_one_line_each(made, where, complains):
@@ -647,3 +731,19 @@ def test_the_built_in_questions_never_tell_what_is_tested():
         assert "new wording" not in record["set"] or record["instruction"] not in told
     asked = {reworded("same", "The capital of Qo is zed.") for _ in range(99)} - {"same"}
     assert len(asked) > 30 and "zed" not in str(asked)
+
+def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_unknown(monkeypatch):
+    monkeypatch.setattr(world, "tell", lambda x, attributes: x)
+    world.rng.seed(0)
+    told, train, test = world.divide(tell_b=False)
+    assert not {x for x, _ in test["U, nowhere, real"] + test["B"]} & {*told}
+    trained = " ".join(x for x, _ in train["U, nowhere, real"] + train["U, mentioned"])
+    assert not {*trained.split()} & {word for x, _ in test["B"] for word in x.split()}
+
+def test_no_made_up_name_is_a_real_one(monkeypatch):
+    def made_up():
+        world.rng.seed(0)
+        return world.made_up("country")
+    name = made_up()
+    monkeypatch.setattr(world, "TAKEN", {name.lower()})
+    assert made_up() != name
