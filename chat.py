@@ -103,7 +103,7 @@ def converse(reply, cfg, path):
             if command == "/quit":
                 return
             elif command == "/reset":
-                messages, shown = [], []
+                messages, shown, seen = [], [], []
             elif command in ("/help", "/probs"):
                 print(HELP if command == "/help" else "\n".join(seen) or "no answer was shown yet")
             elif command == "/better":
@@ -122,7 +122,7 @@ def converse(reply, cfg, path):
                     shown = [*asked, ("assistant", said, True)]
                 print()
                 messages = shown
-        except (InputError, KeyboardInterrupt) as e:  # Ctrl-C says nothing: the answer ends here
+        except (InputError, OSError, KeyboardInterrupt) as e:  # Ctrl-C says nothing: the answer ends here
             print(str(e).replace("--", "/"))
 
 def answer_lines(reply, cfg):

@@ -9,7 +9,7 @@ head is written for one sequence and jax.vmap makes all heads of all sequences o
 derives the backward pass; jax.jit compiles. In shapes: B batch, T time (tokens), S time of keys
 and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand last in prepare.py.
 """
-import json, math, os, re, sys, time, zlib
+import json, math, os, re, sys, tempfile, time, zlib
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -519,10 +519,10 @@ def steps_in_time(cfg, done, new_steps, first, until):
     """How many steps there will be until a time, as the pace since the first of this start tells;
     unless that is about as many as there would be anyway. Times as time.perf_counter() has them."""
     now = time.perf_counter()
-    pace = max(1e-9, (now - first) / (new_steps - 1))
-    steps = done + max(1, int((until - now) / pace))
+    pace = max(1e-9, (now - first) / max(1, new_steps - 1))
+    steps = done + max(0, int((until - now) / pace))
     steps = int(process_allgather(np.array(steps)).min())
-    if new_steps == 10:
+    if new_steps <= 10:
         say(f"{steps} steps in {cfg.minutes:g} minutes")
     elif abs(steps - cfg.max_steps) * pace > 3 * cfg.minutes:  # seconds: a twentieth of them
         say(f"the pace has changed: {steps} steps")
@@ -530,30 +530,38 @@ def steps_in_time(cfg, done, new_steps, first, until):
         return cfg.max_steps
     return steps
 
+def prove_room(path):
+    """Fail now if there is no room beside a checkpoint for the best one and the next one."""
+    with (tempfile.TemporaryFile(dir=path.parent) as best,
+          tempfile.TemporaryFile(dir=path.parent) as new):
+        best.write(path.read_bytes())
+        new.write(path.read_bytes())
+
 def conclude(cfg, about, path, best_path):
     """Tell what a run was started with and its lowest validation; both stay in runs.jsonl."""
-    validated = [row for row in about["log"] if row[2] != ""]
-    best = min(validated, key=lambda row: row[2], default=[None] * 4)
-    result = {"checkpoint": path.name, "steps": about["step"], "seconds": about["seconds"],
-              "best_step": best[0], "val_loss": best[2], "val_bits_per_byte": best[3]}
-    with suppress(OSError), open(path.with_name("runs.jsonl"), "a") as file:
-        print(json.dumps(result | {"settings": asdict(cfg)}), file=file)
     usual = asdict(type(cfg)())
-    given = [f"--{name} {value}" for name, value in asdict(cfg).items()
-             if value != usual[name] and name not in ("vocab_size", "resume")]
-    say(f"{path.with_name('runs.jsonl')}: {' '.join(given)}")
-    if validated:
-        bits = f" ({best[3]:.3f} bits a byte)" if best[3] != "" else ""
-        say(f"lowest validation {best[2]:.3f}{bits} at step {best[0]}, kept as {best_path}")
+    settings = {name: value for name, value in asdict(cfg).items() if value != usual[name]}
+    step, nats, bits = about["best"]
+    result = {"checkpoint": path.name, "steps": about["step"], "settings": settings,
+              "best_step": step, "val_loss": nats, "val_bits_per_byte": bits}
+    with suppress(OSError), open(path.with_name("runs.jsonl"), "a") as file:
+        print(json.dumps(result), file=file)
+    say(f"settings, also in {path.with_name('runs.jsonl')}: {settings}")
+    if step:
+        bits = f" ({bits:.3f} bits a byte)" if bits else ""
+        say(f"lowest validation {nats:.3f}{bits} at step {step}, kept as {best_path}")
 
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
     batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
-    if not cfg.resume:
-        state = new_state(state["params"])
-        about.update(step=0, seconds=0.0, log=[])
     done, stopped = about["step"], False
+    if cfg.resume and done >= cfg.max_steps and not cfg.minutes:
+        say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
+        return state
+    if not cfg.resume:
+        state, done = new_state(state["params"]), 0
+        about.update(step=0, seconds=0.0, log=[], best=[0, None, None])
     rows = about["log"]  # the same list, so what is added to it is saved
     times = []  # of each step
     started = time.perf_counter()
@@ -561,8 +569,6 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     until = started + 60 * cfg.minutes
     if cfg.minutes:
         cfg = replace(cfg, max_steps=max(cfg.max_steps, done + 100))  # until its pace is known
-    elif done >= cfg.max_steps:
-        say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
     chief = jax.process_index() == 0
     log_path = path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
     best_path = path.with_name(f"{path.stem}.best.npz")
@@ -582,41 +588,48 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
     with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as wishes:
         # wishes: what Ctrl-C and its kin leave there; they no longer break off.
-        # Step 0 too is saved, twice: a disk without room for the next one beside it fails now.
-        save(keep=not cfg.resume)
-        saved = save()
+        # Step 0 too is saved: a full disk fails now. The old files become *.prev.*
+        saved = save(keep=not cfg.resume)
         if chief:
+            prove_room(path)
             begin_log(log_path, rows, keep=not cfg.resume)
+            if not cfg.resume and best_path.exists():
+                os.replace(best_path, best_path.with_suffix(".prev.npz"))
         while done < cfg.max_steps and not stopped:
             before, rate = time.perf_counter(), learning_rate(done, cfg)
             state, value = step(state, done, rate)
             done, value = done + 1, float(value)  # waits for the device
-            times.append(time.perf_counter() - before)
-            stopped = process_allgather(np.array(bool(wishes))).any()  # all after the same step
+            now = time.perf_counter()
+            times.append(now - before)
             if len(times) == 1:
-                first = time.perf_counter()
-            if cfg.minutes and len(times) % 10 == 0:
-                steps = steps_in_time(cfg, done, len(times), first, until)
-                cfg = replace(cfg, max_steps=steps)
+                first = now
+            # All processes stop after the same step.
+            wish = np.array([bool(wishes), bool(cfg.minutes) and now > until])
+            stopped, late = process_allgather(wish).reshape(-1, 2).any(0)
+            if late or cfg.minutes and len(times) % 10 == 0:
+                cfg = replace(cfg, max_steps=steps_in_time(cfg, done, len(times), first, until))
             # If the loss is not finite, save() raises an error below, and that ends the run.
-            last = stopped or done == cfg.max_steps or not math.isfinite(value)
-            due = cfg.eval_every and (done % cfg.eval_every == 0 or done == cfg.max_steps)
+            last = stopped or done >= cfg.max_steps or not math.isfinite(value)
+            due = cfg.eval_every and (done % cfg.eval_every == 0 or done >= cfg.max_steps)
             nats, bits = validate(state["params"]) if due else ("", "")
             if last or due or done == 1 or done % cfg.log_every == 0:
                 pace = max(1e-9, np.median(times[-cfg.log_every:]))  # seconds a step
                 speed = round(cfg.batch_size * cfg.grad_accum * cfg.block_size / pace)
-                best = nats != "" and nats <= min([row[2] for row in rows if row[2] != ""] + [nats])
                 rows.append([done, value, nats, bits, rate, speed, time.perf_counter() - began])
                 with suppress(OSError), open(log_path if chief else os.devnull, "a") as log:
                     print(*rows[-1], sep=",", file=log)
                 if last or due:  # then the line also stays on the screen
+                    best = about["best"]
+                    if nats != "" and nats <= (best[1] or math.inf):
+                        about["best"] = [done, nats, bits]
                     try:
                         saved = save()
-                        if best and chief:
+                        if about["best"] != best and chief:
                             link(path, best_path)
                     except OSError as e:
+                        about["best"] = best
                         if last:
-                            raise InputError(f"{path}: {e.strerror}") from None
+                            raise
                         say(f"{path}: not saved ({e.strerror}); the next validation tries again")
                 shown = f"validation {nats:.3f}  " if nats else ""
                 show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"

@@ -230,31 +230,28 @@ def read_json(lines):
 # ---------------------------------------------------------------- documents
 def is_text(path):
     """Whether a file of a folder is read: by its name or, without a suffix, by how it begins."""
-    if "." in os.path.basename(path):
-        return TEXT_NAME.fullmatch(os.path.basename(path))
+    if path.suffix:
+        return TEXT_NAME.fullmatch(path.name)
     with suppress(OSError), open(path, "rb") as file:
         return JSON_BEGINS.match(file.read(999).decode("utf-8", "replace"))
 
 def files_of(folder):
     """A folder -> its text files, but hidden ones and virtual environments; others are counted."""
-    found, seen = [], set()
-    for folder, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(folder) in seen or "pyvenv.cfg" in names:  # a link may lead back
-            del folders[:], names[:]
-        seen.add(os.path.realpath(folder))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in [os.path.join(folder, name) for name in names if not name.startswith(".")]:
-            if is_text(file):
-                found.append(file)
-            else:
-                count("file(s) that are no text by their name; give it to have one read", file)
-    return sorted(found)
+    environments = {file.parent for file in folder.rglob("pyvenv.cfg")}
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if hidden or environments & {*file.parents}:
+            continue
+        if is_text(file):
+            yield file
+        elif file.is_symlink() or not file.is_dir():
+            count("file(s) or links that are no text by their name; give one to have it read", file)
 
 def files_in(paths):
     """Files and folders -> text files, each once, though it is linked or lies there packed too."""
     found = {}
     for path in paths:
-        for file in files_of(path) if os.path.isdir(path) else [path]:
+        for file in map(str, files_of(Path(path)) if os.path.isdir(path) else [path]):
             real = re.sub(r"\.(gz|bz2)$", "", os.path.realpath(file))
             if real in found:
                 count("file(s) that are there twice", file)
@@ -277,14 +274,11 @@ def text_of(record, source):
 
 def texts_of(path):
     """A file -> (text, "file:line"): its lines or, if it begins as JSON does, its records' texts."""
-    lines, begin = read_lines(path), []
-    for line in lines:
-        begin.append(line)
-        if line[0].strip():
-            break
-    lines = itertools.chain(begin, lines)
-    if begin and JSON_BEGINS.match(begin[-1][0]):
-        return ((text_of(*record), record[1]) for record in read_json(lines))
+    lines, ahead = itertools.tee(read_lines(path))
+    first = next((line for line, _ in ahead if line.strip()), "")
+    del ahead  # or tee would keep all that is read
+    if JSON_BEGINS.match(first):
+        return ((text_of(record, source), source) for record, source in read_json(lines))
     return lines
 
 def read_documents(files):
@@ -337,27 +331,27 @@ def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
     """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written.
     Without a tokenizer one is learned from the text, which is kept in a file until then."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    n_bytes, size, done, ends = 0, 0, 0, []
+    n_bytes, n_pieces, size, ends = 0, 0, 0, []
     with (tempfile.TemporaryFile("w+", encoding="ascii", dir=out_dir) as lines,
           whole_file(out_dir / "train.bin") as train):
         for text, ended in pieces:
             lines.write(json.dumps([text, ended]) + "\n")
             n_bytes += len(text.encode("utf-8", "replace"))
+            n_pieces += 1
             show_progress(f"reading: {n_bytes / 1e6:.1f} MB")
         if not tokenizer:  # rare tokens are not learned, so the default grows slowly
-            vocab_size = vocab_size or min(1 << 16, max(384, round(n_bytes**0.5 / 2)))
+            vocab_size = vocab_size or max(384, round(n_bytes**0.5 / 2))
             lines.seek(0)
             tokenizer = Tokenizer(train_bpe(frequent_words(lines, n_bytes, vocab_size), vocab_size))
         lines.seek(0)
         started = time.perf_counter()
-        for text, ended in map(json.loads, lines):
+        for number, (text, ended) in enumerate(map(json.loads, lines), 1):
             ids = tokenizer.encode_words(text) + chr(END) * ended
             train.write(ids.encode("utf-16-le", "surrogatepass"))  # two bytes an id
             size += len(ids)
             if ended:
                 ends.append(size)
-            done += len(text.encode("utf-8", "replace"))
-            left = (time.perf_counter() - started) * (n_bytes / done - 1)
+            left = (time.perf_counter() - started) * (n_pieces / number - 1)
             show_progress(f"{size / 1e6:.1f} M tokens  {clock(left)} left")
         if size < 4:
             raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
@@ -529,7 +523,7 @@ def link(path, name):
     part = Path(f"{name}.part")
     part.unlink(missing_ok=True)
     try:
-        os.link(path, part)
+        os.link(os.path.realpath(path), part)
     except OSError:
         shutil.copyfile(path, part)
     os.replace(part, name)
@@ -539,7 +533,7 @@ def link(path, name):
 def whole_file(path, keep=False):
     """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.* too.
     If it is a link to a file elsewhere, it stays one."""
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     part = Path(f"{path}.part")
     try:
         with open(part, "w+b") as file:
@@ -552,12 +546,14 @@ def whole_file(path, keep=False):
             link(path, kept)
             say(f"the {path.name} that was there is now {kept}{before}")
         os.replace(part, path)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from None  # a full disk names no file
     finally:
         part.unlink(missing_ok=True)
 
 def locks(file, stack):
     """Whether it can lock a file, until the stack ends. SQLite's locks end with their process."""
-    with suppress(sqlite3.OperationalError):
+    with suppress(sqlite3.DatabaseError):
         connection = stack.enter_context(closing(sqlite3.connect(file, timeout=0)))
         connection.execute("begin exclusive")
         return True
@@ -569,12 +565,13 @@ def only_writer(folder):
     own = folder / f".lock{os.getpid()}"
     with ExitStack() as stack:
         if not locks(folder / ".lock", stack):
-            if locks(own, stack):
-                raise InputError(f"{folder}: a program trains there; wait, or take another --out_dir;"
-                                 f" python chat.py {folder}/base.npz talks to it")
-            # As on some network drives: not even a file that nobody else knows can be locked.
+            drive_has_locks = locks(own, stack)
+            with suppress(OSError):
+                own.unlink()
+            if drive_has_locks:
+                raise InputError(f"{folder}: locked, as by a program that trains there; wait, or take"
+                                 f" another --out_dir; python chat.py {folder}/base.npz talks to it")
             say(f"{folder}: no locks on this drive; take care that nothing else trains there")
-        own.unlink(missing_ok=True)
         yield
 
 @contextmanager

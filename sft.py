@@ -10,6 +10,7 @@
 Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where only tokens
 of answers have weight. Reading order: records, rows, answers, preferences, main."""
 import json, zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -219,15 +220,20 @@ def dpo_loss(params, batch, key, cfg):
 def corrections_in(path, tokenizer, T):
     """What /better wrote -> preferences, the last of each question. One whose conversation is longer
     than the context stands alone."""
+    def is_too_long(found):
+        return max(len(render(messages, tokenizer)[0]) for messages in found) > T
+
     last = {}
-    for found, *rest in read_records([path] if path.exists() else [], PREFERENCE):
-        last[str(found[0][:-1])] = found, *rest
-    corrections = []
-    for found, *rest in last.values():
-        if max(len(render(messages, tokenizer)[0]) for messages in found) > T:
+    there = path.exists() and path.stat().st_size
+    for found, record, source in read_records([path] if there else [], PREFERENCE):
+        if is_too_long(found):
             found = [messages[-2:] for messages in found]
-        corrections.append((found, *rest))
-    return corrections
+        if is_too_long(found):
+            count(f"correction(s) longer than the context of {T} tokens", source)
+        else:
+            last[str(found[0][:-1])] = found, record, source
+    report()
+    return [*last.values()]
 
 def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all; half the time in other words, then
@@ -246,14 +252,19 @@ def preferences_of(records, params, cfg, tokenizer, alone):
     chosen, what the model says itself is rejected if it is wrong: made up, or "I do not know that."
     of what it was told. Other rejected ones have no weight, nor has any beside corrections: these
     keep the rest as it is."""
-    found = [messages[:2] for [messages], *_ in records if messages[1][2]]
-    known = [messages for messages in found if messages[1][1] != DONT_KNOW][:1300]
-    found = known + [messages for messages in found if messages[1][1] == DONT_KNOW][:1050]
-    said = [""] * len(found)
+    first = [(messages[:2], source) for [messages], _, source in records if messages[1][2]]
+    known = [pair for pair in first if pair[0][1][1] != DONT_KNOW][:1300]
+    unknown = [pair for pair in first if pair[0][1][1] == DONT_KNOW][:1050]
+    kept = known + unknown
+    said = [""] * len(kept)
     if alone:
-        said = answer_all(params, cfg, tokenizer, found, 1.2)
-    bad = [("assistant", s, s not in ("", m[1][1])) for s, m in zip(said, found)]
-    return [([messages, [messages[0], b]], {}, "") for messages, b in zip(found, bad)]
+        said = answer_all(params, cfg, tokenizer, [messages for messages, _ in kept], 1.2)
+    preferences = []
+    for (messages, source), own in zip(kept, said):
+        question, answer = messages
+        rejected = ("assistant", own, own not in ("", answer[1]))
+        preferences.append(([messages, [question, rejected]], {}, source))
+    return preferences
 
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
@@ -275,9 +286,13 @@ def make_if_missing(path, script):
         say(f"no {path} yet: it is made first")
         return script([])
     about = gpt.load_checkpoint(path)[1]
-    bases = [gpt.load_checkpoint(base)[0] for base in path.parent.glob("base*.npz")]
-    if bases and about.get("base") not in [None, *(zlib.crc32(b["params"]["wte"]) for b in bases)]:
-        say(f"{path} comes from another base than lies beside it now")
+    if "base" in about:
+        bases = set()
+        for base in path.parent.glob("base*.npz"):
+            with suppress(InputError):  # it is only for the message
+                bases.add(zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]))
+        if bases and about["base"] not in bases:
+            say(f"{path} comes from another base than lies beside it now")
     if script and about["step"] < about["config"]["max_steps"]:
         say(f"{path} is unfinished: going on with it")
         script(["--resume"])
@@ -360,13 +375,15 @@ def answers_to_keep(cfg, about, pairs):
     pairs = pairs or read_records([name for name in learned if Path(name).exists()])
     pairs = [pairs[i] for i in np.random.default_rng(cfg.seed).permutation(len(pairs))]
     n_test = min(len(pairs) // 10, 100)
-    test = [(found, {"set": "yours, held out"}, source) for found, _, source in pairs[:n_test]]
+    test = [(found, {"set": "yours, not learned now"}, source) for found, _, source in pairs[:n_test]]
     return pairs[n_test:], test
 
 def learn_corrections(cfg, about, tokenizer, before, pairs):
     """-> (preferences to learn, the corrections among them, a test)."""
     keep, test = answers_to_keep(cfg, about, pairs)
     corrections = corrections_in(Path(cfg.out_dir, "feedback.jsonl"), tokenizer, cfg.block_size)
+    corrected = {chosen[-2][1] for (chosen, _), *_ in corrections}
+    keep = [record for record in keep if record[0][0][0][1] not in corrected]
     records = preferences_of(keep, before, cfg, tokenizer, alone=not corrections)
     if not records:
         say("nothing keeps the other answers as they are, so they will change; to keep them name"
@@ -415,7 +432,8 @@ def main(argv):
         records = built_in(cfg, "qa.jsonl")
         test = test or built_in(cfg, "qa_test.jsonl")
     if not records:
-        raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file")
+        raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file of"
+                         " questions and answers, python sft.py pairs.jsonl")
     rows = rows_of(records, tokenizer, cfg.block_size)
     if cfg.show:
         return say("\n".join(show(row, tokenizer) for some in rows[:cfg.show] for row in some))
