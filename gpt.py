@@ -519,15 +519,12 @@ def steps_in_time(cfg, done, new_steps, first, until):
     """How many steps there will be until a time, as the pace since the first of this start tells;
     unless that is about as many as there would be anyway. Times as time.perf_counter() has them."""
     now = time.perf_counter()
-    pace = max(1e-9, (now - first) / max(1, new_steps - 1))
+    pace = max(1e-9, (now - first) / (new_steps - 1))
     steps = done + max(0, int((until - now) / pace))
     steps = int(process_allgather(np.array(steps)).min())
-    if new_steps <= 10:
-        say(f"{steps} steps in {cfg.minutes:g} minutes")
-    elif abs(steps - cfg.max_steps) * pace > 3 * cfg.minutes:  # seconds: a twentieth of them
-        say(f"the pace has changed: {steps} steps")
-    else:
+    if abs(steps - cfg.max_steps) * pace < 3 * cfg.minutes:  # seconds: a twentieth of them
         return cfg.max_steps
+    say(f"{steps} steps in {cfg.minutes:g} minutes")
     return steps
 
 def prove_room(path):
@@ -555,13 +552,13 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
     (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
     batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
+    if not cfg.resume:
+        state = new_state(state["params"])
+        about.update(step=0, seconds=0.0, log=[], best=[0, None, None])
     done, stopped = about["step"], False
     if cfg.resume and done >= cfg.max_steps and not cfg.minutes:
         say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
         return state
-    if not cfg.resume:
-        state, done = new_state(state["params"]), 0
-        about.update(step=0, seconds=0.0, log=[], best=[0, None, None])
     rows = about["log"]  # the same list, so what is added to it is saved
     times = []  # of each step
     started = time.perf_counter()
@@ -603,10 +600,10 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             times.append(now - before)
             if len(times) == 1:
                 first = now
+            slow = len(times) > 2 and np.median(times) > 1
             # All processes stop after the same step.
-            wish = np.array([bool(wishes), bool(cfg.minutes) and now > until])
-            stopped, late = process_allgather(wish).reshape(-1, 2).any(0)
-            if late or cfg.minutes and len(times) % 10 == 0:
+            stopped, slow = process_allgather(np.array([bool(wishes), slow])).reshape(-1, 2).any(0)
+            if cfg.minutes and (slow or len(times) % 10 == 0):
                 cfg = replace(cfg, max_steps=steps_in_time(cfg, done, len(times), first, until))
             # If the loss is not finite, save() raises an error below, and that ends the run.
             last = stopped or done >= cfg.max_steps or not math.isfinite(value)

@@ -582,6 +582,10 @@ def test_the_last_correction_of_a_question_is_learned(made):
     said = outcome("sft --dpo --init=out/chat.npz --out_dir=corrected --batch_size=4 "
                    "--max_steps=40 --learning_rate=0.006")
     assert re.search("corrected by you +1 +0.0 -> 100.0", said) and "now 'a hat'" in said
+    other = outcome("chat corrected/dpo.npz --prompt='where is the cat?'")
+    assert other == "the cat sat on the mat\n"  # one of the pairs that it was fine-tuned on
+    said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
+    assert said.startswith("nothing keeps the other answers as they are")
 
 @parametrize("where, complains", [("Où", ""), ("O\udcf9", "standard input:3: not all of it is UTF-8\n")])
 def test_piped_questions_get_one_line_each(made, where, complains):
@@ -609,7 +613,7 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
         print(typed.replace("↵", "\n"), end="", file=process.stdin, flush=True)
         said = ""
         while not said.endswith("\n> "):
-            assert select.select([process.stdout], [], [], 60)[0], said
+            assert select.select([process.stdout], [], [], 60)[0], (typed, said)
             said += os.read(process.stdout.fileno(), 9999).decode()
         assert re.search(expected, said), said
     assert end(process, "\x04")[1:] == ("", 0)
@@ -758,9 +762,9 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made, monkeypatch):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
-    [steps] = re.findall(r"(\d+) steps in 0.04 minutes", said)
+    steps = re.findall(r"(\d+) steps in 0.04 minutes", said)
     done = gpt.load_checkpoint("timed/base.npz")[1]["step"]
-    assert done == int(re.findall(r"(?:changed: )?(\d+) steps", said)[-1]) > 10
+    assert done == int(steps[-1]) >= 10
     assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
     assert f"is finished, with {done} steps" in outcome("gpt --resume --out_dir=timed")
     outcome("gpt --resume --out_dir=timed --minutes=0.01")
