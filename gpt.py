@@ -703,7 +703,8 @@ def main(argv):
     check_device(cfg.dropout)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
     if start and about["tokenizer"] != tokenizer.to_json():
-        raise InputError(f"{data_dir}: another vocabulary than that of {start}")
+        raise InputError(f"{data_dir}: another vocabulary than that of {start}; with its own it is made"
+                         f" by prepare.py --tokenizer {start}")
     if not start:
         dtype = fast_dtype() if cfg.dtype == "auto" else cfg.dtype
         cfg = replace(cfg, vocab_size=tokenizer.size, dtype=dtype)

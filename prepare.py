@@ -9,8 +9,8 @@ if sys.version_info < (3, 10):
     print("error: Python 3.10 at least is needed: python3.13 -m venv .venv", file=sys.stderr)
     sys.exit(2)
 
-import argparse, bz2, codecs, difflib, functools, gzip, heapq, io, itertools, json, os, re, shutil
-import signal, sqlite3, tempfile, time, unicodedata, zlib
+import argparse, bz2, codecs, difflib, functools, gzip, heapq, io, itertools, json, os, re, shlex
+import shutil, signal, sqlite3, tempfile, time, unicodedata, zlib
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -126,7 +126,7 @@ PLAIN_TEXT = "pandoc -t plain {0} | python prepare.py -"
 NOT_TEXT = [  # how a file begins that is no text, what it is, and how to get the text out of it
     (rb"%PDF", "a PDF", "pdftotext {0} - | python prepare.py -"),
     (rb"\{\\rtf", "RTF", "pandoc -f rtf -t plain {0} | python prepare.py -"),
-    (rb"(\s|<\?[^>]*>|<!--.*?-->)*<(!doctype\s+html|html|head|body)\b", "HTML", PLAIN_TEXT),
+    (rb"(\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(!doctype\s+html|html|head|body)\b", "HTML", PLAIN_TEXT),
     (rb"PK\x03\x04", "a zip archive, as .docx and .epub are", PLAIN_TEXT + ", or unzip it"),
     (rb"PAR1", "parquet", "import pandas; pandas.read_parquet('{0}').to_json('text.jsonl',"
                           " orient='records', lines=True)"),
@@ -134,7 +134,7 @@ NOT_TEXT = [  # how a file begins that is no text, what it is, and how to get th
     (rb"\x28\xb5\x2f\xfd", "packed by zstd", "zstdcat {0} | python prepare.py -"),
 ]
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
-LONGEST_LINE = 1 << 24  # characters that are read at once
+LONGEST_LINE = 1 << 20  # characters that are read at once
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
 TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa(_test)?(\.prev)?\.jsonl|feedback\.jsonl)[^.].*"
                        r"\.(txt|text|md|markdown|rst|jsonl?|ndjson)(\.gz|\.bz2)?", re.I)
@@ -144,7 +144,7 @@ def check_is_text(head, path):
     head = head.removeprefix(codecs.BOM_UTF8)
     for begins, kind, advice in NOT_TEXT:
         if re.match(begins, head, re.I | re.S):
-            raise InputError(f"{path}: {kind}, not text; try: {advice.format(path)}")
+            raise InputError(f"{path}: {kind}, not text; try: {advice.format(shlex.quote(path))}")
     text = head.decode("utf-8", "replace")
     if "\0" in text or text.count("\ufffd") > 5 + len(text) / 1000:
         raise InputError(f"{path}: not UTF-8; try iconv -f CP1252 (or UTF-16) -t UTF-8")
@@ -158,7 +158,7 @@ def read_lines(path):
         try:
             unpack = PACKED.get(file.peek(3)[:3])
             raw = io.BufferedReader(unpack(file) if unpack else file, PIECE)
-            check_is_text(raw.peek(), name)
+            check_is_text(raw.peek(), path)
             text = io.TextIOWrapper(raw, "utf-8-sig", "replace")
             while line := text.readline(LONGEST_LINE):
                 number += 1
@@ -174,13 +174,16 @@ def plain(text):
 
 # ---------------------------------------------------------------- JSON in the layouts people have
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
-# A list of records, perhaps under a name; but a list of messages, which have roles, is a record.
-LIST_BEGINS = re.compile(r'\s*(\[(?!\s*\{\s*"(role|from|content|value)")\s*(?=[\[{"])'
-                         r'|\{[^]{}[]*"(data|train|examples|instances)"\s*:\s*\[\s*(?=[\[{]))')
+# A list of records, perhaps under the name "data"; but a list of messages, which have roles and
+# contents, is a record. To tell that, its first object must be there as far as a brace.
+OBJECT = r'\s*\{[^{}]*[{}]'
+MESSAGE = r'\s*\{(?=[^{}]*"(role|from)"\s*:)(?=[^{}]*"(content|value)"\s*:)'
+LIST_BEGINS = re.compile(rf'\s*(\[(?!{MESSAGE})(?=\s*\[?{OBJECT}|\s*")'
+                         rf'|\{{[^]{{}}[]*"data"\s*:\s*\[(?=\s*\[?{OBJECT}))\s*')
 BETWEEN = re.compile(r"[\s,\]}]*")  # two records
 # After something broken the next record begins on a new line, in a list after a comma.
-NEXT_LINE = re.compile(r"^(?=[\[{])", re.M)
-NEXT_IN_LIST = re.compile(r"[\]}]\s*,\s*(?=[\[{])")
+NEXT_LINE = re.compile(r"^[ \t]?(?=[\[{])", re.M)
+NEXT_IN_LIST = re.compile(r'[\]}]\s*,\s*(?=\[?\s*\{\s*")')
 NEXT_STRING = re.compile(r'"\s*,\s*(?=")')
 
 def read_json(lines):
@@ -208,13 +211,13 @@ def read_json(lines):
                 in_list = f": record {n_records}"
             try:
                 record, end = decode(text, at)
-                if isinstance(record, str) and next_record is not NEXT_STRING:
-                    raise ValueError("a name beside the list")
+                if isinstance(record, str) and next_record is NEXT_IN_LIST:
+                    return count("part(s) of JSON beside the list of records", f"{name}:{number}")
                 yield record, f"{name}:{number}{in_list}"
             except (ValueError, RecursionError) as e:
                 place = getattr(e, "pos", at)
-                cut_off = place >= len(text.rstrip())
-                found = next_record.search(text, at + 1 if cut_off else place)
+                cut_off = place >= len(text.rstrip()) or str(e).startswith("Unterminated")
+                found = next_record.search(text, at + 1 if cut_off else max(at + 1, place))
                 if source and (cut_off or not found):
                     enough = 2 * (len(text) - at)
                     break
@@ -230,6 +233,8 @@ def read_json(lines):
 # ---------------------------------------------------------------- documents
 def is_text(path):
     """Whether a file of a folder is read: by its name or, without a suffix, by how it begins."""
+    if not path.is_file():
+        return False
     if path.suffix:
         return TEXT_NAME.fullmatch(path.name)
     with suppress(OSError), open(path, "rb") as file:
@@ -277,6 +282,8 @@ def texts_of(path):
     lines, ahead = itertools.tee(read_lines(path))
     first = next((line for line, _ in ahead if line.strip()), "")
     del ahead  # or tee would keep all that is read
+    if path.lower().endswith((".csv", ".tsv", ".json", ".jsonl")) and not JSON_BEGINS.match(first):
+        say(f"{path}: not JSON, so it is read as it stands, with its quotes and commas")
     if JSON_BEGINS.match(first):
         return ((text_of(record, source), source) for record, source in read_json(lines))
     return lines
@@ -286,8 +293,6 @@ def read_documents(files):
     comes in pieces. A file that cannot be read costs only itself."""
     for path in files:
         held = ""
-        if path.lower().endswith((".csv", ".tsv")):
-            say(f"{path}: a table, read as one document with its separators and quotes")
         try:
             for text, source in texts_of(path):
                 *ended, rest = BORDER.split(plain(text))
@@ -315,8 +320,10 @@ ENOUGH = 1 << 24  # bytes for the tokenizer to learn from; more would only take 
 def frequent_words(lines, n_bytes, vocab_size):
     """Lines of JSON, [text, ...] -> {word: how often it is there} in 16 MB from everywhere in it."""
     words = Counter()
-    for line in itertools.islice(lines, 0, None, 1 + n_bytes // ENOUGH):
-        words.update(WORD.findall(json.loads(line)[0]))
+    for number, line in enumerate(lines):
+        # Evenly, but not every n-th: the text may have an order, as of two languages in turn.
+        if number * 0.618034 % 1 < ENOUGH / n_bytes:
+            words.update(WORD.findall(json.loads(line)[0]))
     return dict(words.most_common(max(1 << 14, 4 * vocab_size)))
 
 def cut_of(ends, size, val_fraction):
@@ -387,7 +394,8 @@ class Settings:
 
 def write_questions(path, rows):
     """Those of the built-in text, which go with it; but the user's own are left alone."""
-    if path.exists() and not path.read_bytes().startswith(b'{"built_in"'):
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not all(line.startswith(b'{"built_in"') for line in lines):
         return say(f"{path}: not made by prepare.py, so it stays as it is")
     path.unlink(missing_ok=True)
     if rows:
@@ -413,7 +421,8 @@ def main(argv):
     write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
     write_questions(out_dir / "qa.jsonl", train)
     write_questions(out_dir / "qa_test.jsonl", test)
-    say(f"next: python gpt.py{' --init out/base.npz' if s.tokenizer else ''}")
+    base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
+    say("next: python gpt.py" + (f" --init {base}" if s.tokenizer else ""))
 
 # ---------------------------------------------------------------- helpers of all scripts
 def available_cores():

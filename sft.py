@@ -28,8 +28,9 @@ from prepare import show_progress
 # ---------------------------------------------------------------- records: JSON of many shapes
 ASKS, ANSWERS = {"user", "human"}, {"assistant", "gpt"}  # roles
 SYSTEM = {"system", "developer"}  # what such a turn says is put before the question
-SYSTEM_FIELDS, QUESTION_FIELDS = ("system", "system_prompt"), ("prompt", "instruction", "input", "context")
-ANSWER = [("messages", "conversations", "response", "output", "completion")]  # fields, for one answer
+SYSTEM_FIELDS = ("system", "system_prompt")
+QUESTION_FIELDS = ("prompt", "instruction", "question", "input", "context")
+ANSWER = [("messages", "conversations", "response", "output", "completion", "answer")]  # for one
 PREFERENCE = [("chosen",), ("rejected",)]  # for two
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
@@ -49,41 +50,46 @@ def turns_of(record, answer_fields):
     ...], and the names of the fields that they are made of)."""
     def turns(role, names):
         found = []
-        for name in names:
-            value = record.get(name)
+        for value in map(record.get, names):
             if isinstance(value, list):
                 found += value
-            elif name in record:
+            elif text_of(value).strip():
                 found.append({"role": role, "content": value})
         return found
 
-    system = turns("system", SYSTEM_FIELDS)
+    earlier = turns("system", SYSTEM_FIELDS)
     for name in answer_fields:
         conversation = record.get(name)
         if isinstance(conversation, list) and any(role_of(turn) in ASKS for turn in conversation):
-            return system + conversation, {name, *SYSTEM_FIELDS}  # given whole
-    for question, answer in record.get("history") or []:
-        system += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    asked = turns("user", QUESTION_FIELDS)
+            if role_of(conversation[0]) in SYSTEM:
+                earlier = []
+            return earlier + conversation, {name, *SYSTEM_FIELDS}  # given whole
+    for turn in turns("user", ["history"]):
+        if isinstance(turn, list):  # LLaMA-Factory's [question, answer]
+            question, answer = turn
+            earlier += [{"role": "user", "content": question}]
+            turn = {"role": "assistant", "content": answer}
+        earlier.append(turn)
     used = {"history", *SYSTEM_FIELDS, *QUESTION_FIELDS, *answer_fields}
-    return system + asked + turns("assistant", answer_fields), used
+    return earlier + turns("user", QUESTION_FIELDS) + turns("assistant", answer_fields), used
 
 def messages_of(turns, source):
     """Turns -> [(role, text, trained), ...] going user, assistant, user, assistant. What is said
     before an answer is one question; an answer of "weight" 0 is not trained."""
-    messages, asked = [], []
+    messages, asked, is_asked = [], [], False
     for turn in turns:
         role, text = role_of(turn), text_of(turn.get("content", turn.get("value")))
         if role in ASKS | SYSTEM:
             asked += [text] if text else []
-        elif role not in ANSWERS or turn.get("tool_calls") or not asked:
+            is_asked |= role in ASKS
+        elif role not in ANSWERS or turn.get("tool_calls") or not (asked and is_asked):
             raise ValueError("that are no conversation of questions and answers in turn")
         elif not text.strip():
             raise ValueError("with an empty answer")
         else:
             messages.append(("user", "\n\n".join(asked), False))
             messages.append(("assistant", text, turn.get("weight", 1) != 0))
-            asked = []
+            asked, is_asked = [], False
     if asked and messages:
         count("last question(s) without an answer", source)
     return messages

@@ -342,7 +342,11 @@ SHOWN = """
 {"instruction": "Hi ", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]} | ¿ Hi¡[ Ho■]
 {"system": "Be", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]} | ¿ Be↵↵Hi¡[ Ho■]
 {"system_prompt": "Be", "instruction": "C", "output": "D", "history": [["A", "B"]]} | ¿ Be↵↵A¡[ B■]¿ C¡[ D■]
+{"instruction": "C", "output": "D", "history": [{Q: "A"}, {A: "B"}]} | ¿ A¡[ B■]¿ C¡[ D■]
+{"system": "Be", "question": "Hi", "answer": "Ho", "output": null, "messages": NaN, "history": NaN} | ¿ Be↵↵Hi¡[ Ho■]
+{"system": "Be", "messages": [{"role": "system", "content": "Be"}, {Q: "Hi"}, {A: "Ho"}]} | ¿ Be↵↵Hi¡[ Ho■]
 [{Q: "Hi"}, {A: "Ho"}] | ¿ Hi¡[ Ho■]
+[{"id": 1, "content": "Hi", "role": "user"}, {A: "Ho"}] | ¿ Hi¡[ Ho■]
 {"instruction": "Sum", "input": NaN, "output": 4} | ¿ Sum¡[ 4■]
 {"prompt": "A\\r\\nB", "completion": "C\\fD\\rE"} | ¿ A↵B¡[ C↵↵D↵E■]
 {"prompt": "True?", "completion": true} | ¿ True?¡[ true■]
@@ -350,6 +354,7 @@ SHOWN = """
 LEFT_OUT = """
 {"instruction": "area", "input": "4 cm x 5 cm", "output": ""} | {"instruction": ["list"], "output": 4}
 {"instruction": "cut", "outp | [1, {"foo": null}] | {"messages": "hi"} | {"messages": [{Q: "no answer"}]}
+{"system": "no question", "output": "A"} | {"instruction": "A", "output": "B", "history": ["A1", "B1"]}
 {"messages": [{A: "opens"}, {Q: "Q"}, {A: "A"}]} | {"messages": [{Q: [{"type": "image_url"}]}, {A: "A"}]}
 {"messages": [{Q: "Q"}, {A: "A"}, {A: "twice"}]} | {"messages": [{Q: "Q"}, {A: "all", "weight": 0}]}
 {"messages": [{Q: "Q"}, {A: null, "tool_calls": [{"id": 1}]}, {"role": "tool", "content": "4"}]}
@@ -374,7 +379,7 @@ def test_a_record_of_any_public_shape_is_read(made, record, expected):
     pytest.param("[", ",\n", "]", id="a list"),
     pytest.param("[", ", ", "]", id="a list on one line"),
 ])
-@parametrize("broken", ['{"prompt": "c"', '{"prompt": "c", "response": "d",}', '{"prompt": "c"d", "e": "f"}',
+@parametrize("broken", ['{"prompt": "c"', f'{{"prompt": {"9" * 5000}}}', '{"a":' * 100000, '{"prompt": "c", "response": "d",}', '{"prompt": "c"d", "e": "f"}',
                         '{"prompt": "c\n", "response": "d"}', '{"prompt": [{}, {"c": d}]}', '{"prompt": nul}'])
 def test_of_broken_json_all_good_records_are_read_and_its_line_is_named(before, between, after, broken):
     good = [f'{{"prompt": "{n}", "response": [{{}}]}}' for n in range(4)]
@@ -416,7 +421,10 @@ list.json | ["one", "two\\r\\n"]\n | one;two\n | next
 jq.json | {\n "text": "one"\n}\n{\n "text": "two"\n}\n | one;two | next
 data.json | {"data": [{"text": "one"}, {"text": "two", "url": 1}]} | one;two | not used: url, 1 record
 feed.txt | one\x0ctwo\x0c\n | one\n\ntwo\n\n\n | next
-table.csv | a,"b"\n | a,"b"\n | table.csv: a table, read as one document
+table.csv | a,"b"\n | a,"b"\n | table.csv: not JSON, so it is read as it stands
+odd.jsonl | {'text': 'repr'}\n | {'text': 'repr'}\n | odd.jsonl: not JSON, so it is read as it stands
+two.json | {"data": [{"text": "one"}, {"text": "two"}], "test": [{"text": "kept out"}]} | one;two | beside the list
+page.md | <!-- 1 -->\n<!-- 2 -->\n# Title | <!-- 1 -->\n<!-- 2 -->\n# Title | next
 broken.txt | caf\xe9 na\xefve\n\udce9t\xe9 | caf\xe9 na\xefve\n\ufffdt\xe9 | not UTF-8 (the first: broken.txt:2)
 markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next"""
 LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça été" as Latin-1 has it
@@ -449,15 +457,13 @@ def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, m
             tokenizer.json qa.jsonl nul.txt latin.txt sub/wiki_00""".split():
         write(f"in/{name}", odd.get(name, name))
     write("in/a.md.gz", "packed beside it")
-    n_files = 2
     with suppress(OSError):  # Windows asks for a right
         os.symlink(tmp_path / "in", "in/sub/again")
         os.symlink(tmp_path / "in/B.TXT", "in/link.txt")
         os.symlink(tmp_path / "nowhere", "in/no_dead.txt")
-        n_files = 3
     said = outcome("prepare in in/B.TXT")
     assert re.search(r"left out: \d file.s. that are there twice .*; \d file.*no text by their name.*code.py", said)
-    assert re.search(f"left out: {n_files} files .the first: in.latin.txt: not UTF-8", outcome("prepare in"))
+    assert re.search("left out: 2 files .the first: in.latin.txt: not UTF-8", outcome("prepare in"))
     assert documents() == ["B.TXT", "a.md", "sub/c.txt.gz", "one", "two"]
 
 def test_printable_takes_from_text_only_what_can_steer_a_terminal():
@@ -723,11 +729,15 @@ def test_a_narrow_terminal_keeps_one_line_of_progress(monkeypatch, capsys):
     prepare.show_progress("x" * 99)
     assert len(capsys.readouterr().out) < 50 + len("\r\033[K")
 
-def test_the_tokenizer_learns_from_everywhere_in_a_long_text(monkeypatch):
+@parametrize("order", [
+    pytest.param(lambda n: n < 500, id="one language after the other"),
+    pytest.param(lambda n: n % 2, id="two languages in turn"),
+])
+def test_the_tokenizer_learns_from_everywhere_in_a_long_text(order, monkeypatch):
     monkeypatch.setattr(prepare, "ENOUGH", 100)
-    lines = [json.dumps(["one two " if n < 500 else "eins zwei ", True]) for n in range(1000)]
+    lines = [json.dumps(["one two" if order(n) else "eins zwei", True]) for n in range(1000)]
     words = prepare.frequent_words(lines, 9000, 300)
-    assert words[" two"] == 6 and words[" zwei"] == 5
+    assert 4 < words[" two"] < 8 and 4 < words[" zwei"] < 8
 
 def test_a_base_goes_on_with_another_text_in_its_own_vocabulary(made):
     write("another.txt", "the hat sat on the cat, the mat ran 日本\n" * 99)
