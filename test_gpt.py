@@ -185,13 +185,17 @@ def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
     gpt.forward(PARAMS, X, CFG)
     assert len({*numbers}) == len(numbers) == 1 + 2 * L
 
-@parametrize("length", [5, 20])
-def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length):
+@parametrize("length, begins", [
+    pytest.param(5, {END}, id="documents that fit a row"),
+    pytest.param(12, {END, *range(4, 12)}, id="documents longer than a row"),
+    pytest.param(40, {END, *range(4, 40)}, id="documents much longer than a row"),
+])
+def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length, begins):
     ids = np.arange(1, 401) % length  # documents, such as 1 2 3 4 and then 0, which is END
     batches = [gpt.random_batch(ids, 8, 8, 0, number) for number in range(300)]
     x, y, w = np.concatenate(batches, axis=1).astype(int)
     assert (y == (x + 1) % length).all() and w.all()
-    assert {*x[:, 0]} == {END, *range(4, length)}
+    assert {*x[:, 0]} == begins
     often = np.bincount(y.ravel())
     assert often.max() < 2 * often.mean() < 4 * often.min()
     assert (x[:8] != gpt.random_batch(ids, 8, 8, 1, 0)[0]).any()  # another seed
