@@ -198,7 +198,9 @@ def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_oft
     assert {*x[:, 0]} == begins
     often = np.bincount(y.ravel())
     assert often.max() < 2 * often.mean() < 4 * often.min()
-    assert (x[:8] != gpt.random_batch(ids, 8, 8, 1, 0)[0]).any()  # another seed
+    places = np.arange(1, 401)
+    assert gpt.random_batch(places, 99, 8, 0, 0)[1].max() > 390  # to the end of the text
+    assert (gpt.random_batch(places, 8, 8, 0, 0)[0] != gpt.random_batch(places, 8, 8, 1, 0)[0]).any()
 
 def test_validation_is_the_mean_of_the_twins_losses_and_their_bits_for_a_byte():
     ids = TOKENS.ravel()[:5 * T + 1]  # 5 rows; a batch has more
