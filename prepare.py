@@ -556,7 +556,8 @@ def whole_file(path, keep=False):
             say(f"the {path.name} that was there is now {kept}{before}")
         os.replace(part, path)
     except OSError as e:
-        raise OSError(e.errno, e.strerror, str(path)) from None  # a full disk names no file
+        e.filename = e.filename or str(path)  # a full disk names no file
+        raise
     finally:
         part.unlink(missing_ok=True)
 
