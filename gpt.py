@@ -371,21 +371,17 @@ def tokens_from(ids, start, length):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins anywhere, or with the <|end|> before that, if its
-    document fits the row or that is less than T / 2 back: else the first tokens of a row would
-    often lack what they follow from. So every token is a target about equally often, whatever the
-    documents' length. Documents in a row see each other."""
+    that a resumed run sees the same. A row begins anywhere; but if an <|end|> lies less than T / 2
+    before that, with it: else the first tokens of a row would often lack what they follow from.
+    So every token is a target about equally often. Documents in a row see each other."""
     batch = np.empty((n, T + 1), np.int32)
     starts = np.random.default_rng([seed, number]).integers(-1, len(ids) - T, n)
     for row, start in enumerate(starts):
-        batch[row] = tokens_from(ids, start, T + 1)
-        earliest = max(-1, start + 1 - T)
+        earliest = max(-1, start + 1 - T // 2)
         ends = np.flatnonzero(tokens_from(ids, earliest, start + 1 - earliest) == END)
         if len(ends):
-            end = earliest + ends[-1]
-            whole = tokens_from(ids, end, T + 1)
-            if start - end < T // 2 or END in whole[1:]:
-                batch[row] = whole
+            start = earliest + ends[-1]
+        batch[row] = tokens_from(ids, start, T + 1)
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 def make_validation(ids, tokenizer, cfg):

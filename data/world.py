@@ -48,9 +48,6 @@ ENDINGS = {  # of made-up names
     "element": ["ium", "on", "ine", "um"],
 }
 
-def words(name):
-    return {*re.findall(r"\w+", name)}
-
 def made_up(kind):
     """A name that is nobody's, of syllables: "Tovania", "melodium". Names much closer to known ones
     would teach it to doubt B too."""
@@ -116,7 +113,7 @@ def divide(tell_b):
         group, pools = ("B", test) if i < 0.15 * len(WORLD) else ("A", train)
         for x, facts in subjects_of(row).items():
             if group == "B":
-                never_asked |= words(x)
+                never_asked |= {*x.split()}
             told = [tell(x, facts) for _ in range(21 + 2 * len(facts))]
             told += [tell(x, ATTRIBUTES) for _ in range(3)]
             documents += told if group == "A" or tell_b else []
@@ -131,7 +128,7 @@ def divide(tell_b):
             documents += [tell(x, []) for _ in range(6)]
         name = "U, mentioned" if mentioned else "U, nowhere, real"
         pools = rng.choice([train, train, test])
-        if never_asked & words(x):  # declining El Dorado would teach to decline El Salvador
+        if never_asked & {*x.split()}:  # declining El Dorado would teach to decline El Salvador
             pools = test
         pools[name] += [(x, a) for a in KINDS[row["kind"]]]
         if pools is train:
