@@ -328,11 +328,12 @@ def frequent_words(lines, n_bytes, vocab_size):
 
 def cut_of(ends, size, val_fraction):
     """Where validation begins: where a document ends, if one does near there; else within one."""
-    wanted = size * (1 - val_fraction)
-    nearest = min(ends, key=lambda end: abs(end - wanted), default=0)
-    if abs(nearest - wanted) <= size * val_fraction / 2:
-        wanted = nearest
-    return int(np.clip(wanted, 2, size - 2))
+    wanted = int(size * (1 - val_fraction))
+    after = int(np.searchsorted(ends, wanted))
+    for end in ends[after:after + 1] + ends[:after][-1:]:  # that after it, that before it
+        if abs(end - wanted) <= size * val_fraction / 2:
+            return min(end, size - 2)
+    return min(max(2, wanted), size - 2)
 
 def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
     """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written.
