@@ -73,9 +73,9 @@ def correct(messages, better, path):
     lines = [*(path.read_bytes().splitlines() if path.exists() else []), json.dumps(line).encode()]
     with whole_file(path) as file:
         file.writelines(line + b"\n" for line in lines)
-    print(f"{path}: {len(lines)} correction(s), the last of {printable(prompt[-1]['content'])!r}; to"
-          f" learn from them: python sft.py --dpo --out_dir {path.parent}, then python chat.py"
-          f" {path.parent}/dpo.npz")
+    question = printable(prompt[-1]["content"])
+    print(f"{path}: {len(lines)} correction(s), the last of {question!r}; to learn from them: python"
+          f" sft.py --dpo --out_dir {path.parent}, then python chat.py {path.parent}/dpo.npz")
 
 def typed():
     """What is typed at the prompt. Lines that arrive together, pasted, are one question, except for
@@ -122,7 +122,7 @@ def converse(reply, cfg, path):
                     shown = [*asked, ("assistant", said, True)]
                 print()
                 messages = shown
-        except (InputError, OSError, KeyboardInterrupt) as e:  # Ctrl-C says nothing: the answer ends here
+        except (InputError, OSError, KeyboardInterrupt) as e:  # Ctrl-C says nothing
             print(str(e).replace("--", "/"))
 
 def answer_lines(reply, cfg):

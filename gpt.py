@@ -554,7 +554,9 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
     if not cfg.resume:
         state = new_state(state["params"])
-        about.update(step=0, seconds=0.0, log=[], best=[0, None, None])
+        about.update(step=0, seconds=0.0, log=[])
+        about.pop("best", None)
+    about.setdefault("best", [0, None, None])  # step, nats, bits a byte
     done, stopped = about["step"], False
     if cfg.resume and done >= cfg.max_steps and not cfg.minutes:
         say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
@@ -591,7 +593,8 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             prove_room(path)
             begin_log(log_path, rows, keep=not cfg.resume)
             if not cfg.resume and best_path.exists():
-                os.replace(best_path, best_path.with_suffix(".prev.npz"))
+                kept = best_path.replace(best_path.with_suffix(".prev.npz"))
+                say(f"the {best_path.name} that was there is now {kept}")
         while done < cfg.max_steps and not stopped:
             before, rate = time.perf_counter(), learning_rate(done, cfg)
             state, value = step(state, done, rate)
@@ -600,7 +603,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             times.append(now - before)
             if len(times) == 1:
                 first = now
-            slow = len(times) > 2 and np.median(times) > 1
+            slow = len(times) > 2 and np.median(times[-9:]) > 1  # a second
             # All processes stop after the same step.
             stopped, slow = process_allgather(np.array([bool(wishes), slow])).reshape(-1, 2).any(0)
             if cfg.minutes and (slow or len(times) % 10 == 0):
@@ -703,8 +706,8 @@ def main(argv):
     check_device(cfg.dropout)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
     if start and about["tokenizer"] != tokenizer.to_json():
-        raise InputError(f"{data_dir}: another vocabulary than that of {start}; with its own it is made"
-                         f" by prepare.py --tokenizer {start}")
+        raise InputError(f"{data_dir}: another vocabulary than that of {start}; prepare.py"
+                         f" --tokenizer {start} makes one with its own")
     if not start:
         dtype = fast_dtype() if cfg.dtype == "auto" else cfg.dtype
         cfg = replace(cfg, vocab_size=tokenizer.size, dtype=dtype)
@@ -718,8 +721,8 @@ def main(argv):
     batch_at = partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
     text = zlib.crc32(ids)
     if cfg.resume and about.get("text", text) != text:
-        raise InputError(f"{data_dir}: another text than {path} was begun with; --init {path} goes on"
-                         " from it with a new one")
+        raise InputError(f"{data_dir}: another text than {path} was begun with; --init {path}"
+                         " goes on from it with a new one")
     if not cfg.resume:
         about = {"kind": "base", "tokenizer": tokenizer.to_json(), "text": text}
     count = sum(p.size for p in jax.tree.leaves(state["params"]))

@@ -126,7 +126,8 @@ PLAIN_TEXT = "pandoc -t plain {0} | python prepare.py -"
 NOT_TEXT = [  # how a file begins that is no text, what it is, and how to get the text out of it
     (rb"%PDF", "a PDF", "pdftotext {0} - | python prepare.py -"),
     (rb"\{\\rtf", "RTF", "pandoc -f rtf -t plain {0} | python prepare.py -"),
-    (rb"(\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(!doctype\s+html|html|head|body)\b", "HTML", PLAIN_TEXT),
+    (rb"(\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(!doctype\s+html|html|head|body)\b", "HTML",
+     PLAIN_TEXT),
     (rb"PK\x03\x04", "a zip archive, as .docx and .epub are", PLAIN_TEXT + ", or unzip it"),
     (rb"PAR1", "parquet", "import pandas; pandas.read_parquet('{0}').to_json('text.jsonl',"
                           " orient='records', lines=True)"),
@@ -262,8 +263,8 @@ def files_in(paths):
                 count("file(s) that are there twice", file)
             found.setdefault(real, file)
     if not found:
-        raise InputError(f"{paths[0]}: a folder without text files (.txt, .md, .rst, .json, .jsonl);"
-                         f" to have others read, give them: {paths[0]}/*")
+        raise InputError(f"{paths[0]}: a folder without text files (.txt, .md, .rst, .json,"
+                         f" .jsonl); to have others read, give them: {paths[0]}/*")
     report()
     return [*found.values()]
 
@@ -278,7 +279,8 @@ def text_of(record, source):
     return ""
 
 def texts_of(path):
-    """A file -> (text, "file:line"): its lines or, if it begins as JSON does, its records' texts."""
+    """A file -> (text, "file:line"): its lines or, if it begins as JSON does, its records'
+    documents."""
     lines, ahead = itertools.tee(read_lines(path))
     first = next((line for line, _ in ahead if line.strip()), "")
     del ahead  # or tee would keep all that is read
@@ -318,7 +320,7 @@ def read_documents(files):
 ENOUGH = 1 << 24  # bytes for the tokenizer to learn from; more would only take memory
 
 def frequent_words(lines, n_bytes, vocab_size):
-    """Lines of JSON, [text, ...] -> {word: how often it is there} in 16 MB from everywhere in it."""
+    """Lines of JSON, [text, ...] -> {word: how often it is there}, in about 16 MB of them."""
     words = Counter()
     for number, line in enumerate(lines):
         # Evenly, but not every n-th: the text may have an order, as of two languages in turn.
@@ -580,8 +582,9 @@ def only_writer(folder):
             with suppress(OSError):
                 own.unlink()
             if drive_has_locks:
-                raise InputError(f"{folder}: locked, as by a program that trains there; wait, or take"
-                                 f" another --out_dir; python chat.py {folder}/base.npz talks to it")
+                raise InputError(f"{folder}: locked, as by a program that trains there; wait, or"
+                                 " take another --out_dir; python chat.py"
+                                 f" {folder}/base.npz talks to it")
             say(f"{folder}: no locks on this drive; take care that nothing else trains there")
         yield
 

@@ -151,8 +151,9 @@ def rows_of(records, tokenizer, T):
             rows.append([shift(*answer, T) for answer in rendered])
     advice = ""
     if len(rows) < 0.75 * len(records):
-        advice = ("the context is that of the base: for nine in ten to fit train one by python gpt.py"
-                  f" --block_size {-(-int(np.quantile(lengths, 0.9)) // 32) * 32}")
+        enough = -(-int(np.quantile(lengths, 0.9)) // 32) * 32
+        advice = ("the context is that of the base: one that nine in ten fit is trained by python"
+                  f" gpt.py --block_size {enough}")
     if not rows:
         raise InputError(f"no example fits the context of {T} tokens; {advice}")
     report()
@@ -224,8 +225,8 @@ def dpo_loss(params, batch, key, cfg):
     return loss.sum(), jnp.float32(n // 2)
 
 def corrections_in(path, tokenizer, T):
-    """What /better wrote -> preferences, the last of each question. One whose conversation is longer
-    than the context stands alone."""
+    """What /better wrote -> preferences, the last of each question. One whose conversation is
+    longer than the context stands alone."""
     def is_too_long(found):
         return max(len(render(messages, tokenizer)[0]) for messages in found) > T
 
@@ -315,8 +316,8 @@ def load_start(path, cfg):
 
 def text_to_replay(cfg, about, tokenizer):
     """The text that the base was trained on, if it is still there; else nothing."""
-    path = Path(cfg.data_dir, "train.bin")
-    if path.exists() and Path(cfg.data_dir, "tokenizer.json").read_text("utf-8") == about["tokenizer"]:
+    path, vocabulary = Path(cfg.data_dir, "train.bin"), Path(cfg.data_dir, "tokenizer.json")
+    if path.exists() and vocabulary.read_text("utf-8") == about["tokenizer"]:
         text = gpt.load_tokens(path, tokenizer, cfg.block_size + 1)
         if about.get("text") in (None, zlib.crc32(text)):
             return text
@@ -330,7 +331,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
     if before:
         data = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], data)
     text = text_to_replay(cfg, about, tokenizer)
-    old = cfg.batch_size // 4 if len(text) else 0  # rows of it, against forgetting (arXiv 2503.21676)
+    old = cfg.batch_size // 4 if len(text) else 0  # rows of it: arXiv 2503.21676
     seen = np.isin(np.arange(cfg.vocab_size), text)  # fixed, or names never asked fall behind
     reference = jax.jit(partial(log_probs, cfg=cfg))
 
@@ -381,8 +382,8 @@ def answers_to_keep(cfg, about, pairs):
     pairs = pairs or read_records([name for name in learned if Path(name).exists()])
     pairs = [pairs[i] for i in np.random.default_rng(cfg.seed).permutation(len(pairs))]
     n_test = min(len(pairs) // 10, 100)
-    test = [(found, {"set": "yours, not learned now"}, source) for found, _, source in pairs[:n_test]]
-    return pairs[n_test:], test
+    fields = {"set": "yours, not learned now"}
+    return pairs[n_test:], [(found, fields, source) for found, _, source in pairs[:n_test]]
 
 def learn_corrections(cfg, about, tokenizer, before, pairs):
     """-> (preferences to learn, the corrections among them, a test)."""
