@@ -74,8 +74,9 @@ def correct(messages, better, path):
     with whole_file(path) as file:
         file.writelines(line + b"\n" for line in lines)
     question = printable(prompt[-1]["content"])
-    print(f"{path}: {len(lines)} correction(s), the last of {question!r}; to learn from them: python"
-          f" sft.py --dpo --out_dir {path.parent}, then python chat.py {path.parent}/dpo.npz")
+    print(f"{path}: {len(lines)} correction(s), the last of {question!r}; to learn from them:"
+          f" python sft.py --dpo --out_dir {path.parent}, then"
+          f" python chat.py {path.parent}/dpo.npz")
 
 def typed():
     """What is typed at the prompt. Lines that arrive together, pasted, are one question, except for
