@@ -385,9 +385,10 @@ def answers_to_keep(cfg, about, pairs):
     fields = {"set": "yours, not learned now"}
     return pairs[n_test:], [(found, fields, source) for found, _, source in pairs[:n_test]]
 
-def learn_corrections(cfg, about, tokenizer, before, pairs):
-    """-> (preferences to learn, the corrections among them, a test)."""
-    keep, test = answers_to_keep(cfg, about, pairs)
+def learn_corrections(cfg, about, tokenizer, before, pairs, test):
+    """-> (preferences to learn, the corrections among them, a test that ends with those). about:
+    that of the model before."""
+    keep, others = answers_to_keep(cfg, about, pairs)
     corrections = corrections_in(Path(cfg.out_dir, "feedback.jsonl"), tokenizer, cfg.block_size)
     corrected = {chosen[-2][1] for (chosen, _), *_ in corrections}
     keep = [record for record in keep if record[0][0][0][1] not in corrected]
@@ -397,8 +398,8 @@ def learn_corrections(cfg, about, tokenizer, before, pairs):
             " questions and answers: python sft.py pairs.jsonl --dpo")
     if corrections:
         records += enough_of(corrections, len(records))
-    test += [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
-    return records, corrections, test
+    asked = [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
+    return records, corrections, (test or others) + asked
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
@@ -427,10 +428,13 @@ def main(argv):
         return examine([state["params"]], cfg, tokenizer, test)
     if dpo and Path(cfg.init) == path:
         raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-    corrections, before = [], load_start(cfg.init, cfg)[0]["params"] if dpo else None
+    corrections, before = [], None
+    if dpo:  # read again: a resumed run has gone on from it
+        state_before, about_before, *_ = load_start(cfg.init, cfg)
+        before = state_before["params"]
     if dpo and not preferences:
-        records, corrections, kept = learn_corrections(cfg, about, tokenizer, before, pairs)
-        test = test or kept
+        records, corrections, test = learn_corrections(cfg, about_before, tokenizer, before, pairs,
+                                                       test)
     elif dpo:
         records = preferences + preferences_of(pairs, before, cfg, tokenizer, alone=False)
     elif pairs:

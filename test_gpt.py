@@ -592,8 +592,9 @@ def test_the_last_correction_of_a_question_is_learned(made):
     write("corrected/feedback.jsonl", """{"prompt": "who ran?", "chosen": "a cat", "rejected": "no"}
         {"prompt": "who ran?", "chosen": "a hat", "rejected": "no"}""")
     said = outcome("sft --dpo --init=out/chat.npz --out_dir=corrected --batch_size=4 "
-                   "--max_steps=40 --learning_rate=0.006")
+                   "--max_steps=40 --learning_rate=0.006 --eval=pairs.json")
     assert re.search("corrected by you +1 +0.0 -> 100.0", said) and "now 'a hat'" in said
+    assert "is finished" in outcome("sft --dpo --resume --out_dir=corrected")
     other = outcome("chat corrected/dpo.npz --prompt='where is the cat?'")
     assert other == "the cat sat on the mat\n"  # one of the pairs that it was fine-tuned on
     said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
