@@ -9,7 +9,7 @@ head is written for one sequence and jax.vmap makes all heads of all sequences o
 derives the backward pass; jax.jit compiles. In shapes: B batch, T time (tokens), S time of keys
 and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand last in prepare.py.
 """
-import json, math, os, re, sys, tempfile, time, zlib
+import csv, json, math, os, re, sys, tempfile, time, zlib
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import prepare
 from prepare import CONTEXT, CORES, END, InputError, Tokenizer, printable, read_flags, run, say
-from prepare import begin_log, clock, draw, link, only_writer, setting, show_progress, whole_file
-from prepare import wishes_to_stop
+from prepare import begin_log, clock, draw, keep_previous, link, only_writer, setting
+from prepare import show_progress, whole_file, wishes_to_stop
 
 # Before jax is imported. Each CPU core becomes a device: small matrix products run faster on one
 # core each than spread over all of them. Apple's jax-metal needs the rest.
@@ -69,11 +69,6 @@ class Config:
     process_id: int = setting(0, "which of them this one is, from 0")
     vocab_size: int = 0  # the tokenizer's, not a flag
 
-# Names of settings, for inherit(). MODEL always comes from the checkpoint that a run starts from;
-# on --resume everything does, except what is given anew and may change.
-MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
-MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "shard_params",
-              "coordinator", "num_processes", "process_id", "eval"}  # eval is one of sft.py
 SCRIPTS = {"base": "gpt.py", "chat": "sft.py", "dpo": "sft.py --dpo"}  # by what they write
 
 def device():
@@ -89,8 +84,15 @@ def fast_dtype():
     where all of them do: process_allgather collects one value from each."""
     cpu = Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
-    native = native and jax.__version_info__ >= (0, 10)  # jax 0.5.0 gains nothing at larger sizes
-    return "bfloat16" if process_allgather(np.array(native)).all() else "float32"
+    gains = jax.__version_info__ >= (0, 10)  # 0.5.0 does not, at larger sizes
+    return "bfloat16" if process_allgather(np.array(native and gains)).all() else "float32"
+
+def writes():
+    """Whether this process is the one that prints and writes; on several hosts others do not."""
+    return jax.process_index() == 0
+
+def tokens_a_step(cfg):
+    return cfg.batch_size * cfg.grad_accum * cfg.block_size
 
 # ---------------------------------------------------------------- parameters: nested dicts
 def init_params(cfg, rng=None):
@@ -144,8 +146,8 @@ def rotate(x, position, cfg):
     the first pair by 1 for each position, the last by hardly anything."""
     half = x.shape[-1] // 2
     angle = np.arange(cfg.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
-    table = jnp.float32(np.concatenate([np.cos(angle), np.sin(angle)], axis=1))
-    cos, sin = jnp.split(lookup(table, position)[:, None], 2, axis=-1)  # (B or 1, 1, T, D/2)
+    cos = lookup(jnp.float32(np.cos(angle)), position)[:, None]  # (B or 1, 1, T, D/2)
+    sin = lookup(jnp.float32(np.sin(angle)), position)[:, None]
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
@@ -306,13 +308,12 @@ def placements(rows, devices=None):
 
 def placements_of(state, cfg):
     """A tree like the state: where each array lives between steps, whole on every device or with
-    --shard_params split along the first axis that they divide (ZeRO, arXiv 1910.02054)."""
+    --shard_params split along its last axis, a multiple of C (ZeRO, arXiv 1910.02054)."""
     whole, _ = placements(cfg.batch_size)
 
     def placement(array):
-        for axis, size in enumerate(array.shape):
-            if cfg.shard_params and size % whole.mesh.size == 0:
-                return NamedSharding(whole.mesh, PartitionSpec(*[None] * axis, "data"))
+        if cfg.shard_params and array.shape[-1] % whole.mesh.size == 0:
+            return NamedSharding(whole.mesh, PartitionSpec(*[None] * (array.ndim - 1), "data"))
         return whole
 
     return jax.tree.map(placement, state)
@@ -363,41 +364,41 @@ def load_tokens(path, tokenizer, at_least):
         raise InputError(f"{path}: damaged, or of another vocabulary; run prepare.py again")
     return ids
 
-def tokens_from(ids, start, length):
-    """That many ids from start on; -1 is the <|end|> that stands before the first document too."""
-    if start < 0:
-        return np.append(END, ids[:length - 1])
-    return ids[start:start + length]
-
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
     that a resumed run sees the same. A row begins anywhere; but if an <|end|> lies less than T / 2
     before that, with it: else the first tokens of a row would often lack what they follow from.
     So every token is a target about equally often. Documents in a row see each other."""
-    batch = np.empty((n, T + 1), np.int32)
-    starts = np.random.default_rng([seed, number]).integers(-1, len(ids) - T, n)
-    for row, start in enumerate(starts):
-        earliest = max(-1, start + 1 - T // 2)
-        ends = np.flatnonzero(tokens_from(ids, earliest, start + 1 - earliest) == END)
+    rows = []
+    for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
+        earliest = max(0, start + 1 - T // 2)
+        ends = np.flatnonzero(ids[earliest:start + 1] == END)
         if len(ends):
             start = earliest + ends[-1]
-        batch[row] = tokens_from(ids, start, T + 1)
+        rows.append(ids[start:start + T + 1])
+    batch = np.array(rows, np.int32)
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 def make_validation(ids, tokenizer, cfg):
     """-> a function of the parameters: (nats a token, bits a byte) over the first 131,072 ids."""
-    n, T = 4 * cfg.batch_size, cfg.block_size  # without gradients more rows fit
-    whole, split = placements(cfg.batch_size)
     ids = np.array(ids[:131073], np.int32)
-    count, size = len(ids) - 1, sum(len(tokenizer.bytes[i]) for i in ids[1:])  # END has 0
-    shape = (-(-count // (n * T)), n, T)  # whole batches, the last filled up from the beginning
-    x, y = np.resize(ids[:-1], shape), np.resize(ids[1:], shape)
-    losses = jax.jit(partial(token_losses, cfg=cfg), out_shardings=whole)
+    n_tokens = len(ids) - 1
+    n_bytes = sum(len(tokenizer.bytes[id]) for id in ids[1:])  # <|end|> has none
+    n, T = 4 * cfg.batch_size, cfg.block_size  # without gradients more rows fit
+    # Whole batches; what fills up the last one does not count.
+    shape = (-(-n_tokens // (n * T)), n, T)
+    x = np.resize(ids[:-1], shape)
+    y = np.resize(ids[1:], shape)
+    w = np.float32(np.arange(x.size) < n_tokens).reshape(shape)
+    whole, split = placements(cfg.batch_size)
+    sums = jax.jit(partial(loss, key=None, cfg=cfg), out_shardings=whole)
 
     def validate(params):
-        nats = [np.asarray(losses(params, put(a, split), put(b, split))) for a, b in zip(x, y)]
-        total = np.ravel(nats)[:count].sum(dtype=float)
-        return total / count, total / math.log(2) / max(1, size)
+        nats = 0
+        for batch in zip(x, y, w):
+            total, _ = sums(params, [put(a, split) for a in batch])
+            nats += float(total)
+        return nats / n_tokens, nats / math.log(2) / max(1, n_bytes)
 
     return validate
 
@@ -428,34 +429,42 @@ def make_generator(cfg):
     cfg = replace(cfg, dtype="float32")  # rounding all weights for a token is slower
 
     @jax.jit
-    def after(params, tokens, at, cache):
-        """Padded tokens (B, T) from position 0, or with a cache the newest alone (B, 1) -> logits
-        (B, V) of what follows position at (B,), and the cache."""
-        # forward takes the position only with a cache; without one it counts them itself.
-        last = at if cache is None else 0 * at  # index of each row's last token
-        x, cache = forward(params, tokens, cfg, position=at[:, None], cache=cache)
-        x = x * jax.nn.one_hot(last, tokens.shape[1])[..., None]  # x[row, last], as Metal can
+    def all_tokens(params, tokens, last):
+        """Rows of padded tokens (B, T) -> logits (B, V) of what follows the last token of each, at
+        index last (B, 1), and the cache."""
+        x, cache = forward(params, tokens, cfg)
+        x = x * jax.nn.one_hot(last[:, 0], T)[..., None]  # x[row, last], as Metal can
         return logits_of(params, x.sum(1), cfg), cache
 
+    @jax.jit
+    def one_token(params, tokens, position, cache):
+        """The newest token alone, (B, 1), at its position (B, 1) -> the same."""
+        x, cache = forward(params, tokens, cfg, position=position, cache=cache)
+        return logits_of(params, x[:, 0], cfg), cache
+
     def generate(params, prompts, max_new_tokens, rng, **how):
-        rows, cache = [list(p[-T:]) for p in prompts], None
-        new = [None] * len(rows)
         # Each host generates for itself, on its own devices.
-        whole, split = placements(len(rows), jax.local_devices(backend=device().client))
+        whole, split = placements(len(prompts), jax.local_devices(backend=device().client))
         params = jax.device_put(params, whole)
+        rows = [prompt[-T:] for prompt in prompts]
+        new = [None] * len(rows)
+        cache = None
         for _ in range(max_new_tokens):
-            tokens = [row[-1:] for row in rows]
-            if cache is None or max(map(len, rows)) > T:
+            if max(map(len, rows)) > T:
+                cache = None
                 # T may be 1: row[-0:] would be all of it.
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
+            last = put(np.int32([[len(row) - 1] for row in rows]), split)
+            if cache is None:
                 # The padding leaves keys that are overwritten before they are looked at.
-                tokens, cache = [row + [END] * (T - len(row)) for row in rows], None
-            at = np.array([len(row) - 1 for row in rows], np.int32)
-            tokens = put(np.array(tokens, np.int32), split)
-            logits, cache = after(params, tokens, put(at, split), cache)
+                tokens = put(np.int32([row + [END] * (T - len(row)) for row in rows]), split)
+                logits, cache = all_tokens(params, tokens, last)
+            else:
+                tokens = put(np.int32([row[-1:] for row in rows]), split)
+                logits, cache = one_token(params, tokens, last, cache)
             logits = np.asarray(logits)
-            new = [END if last == END else sample(scores, row, rng, **how)
-                   for last, scores, row in zip(new, logits, rows)]
+            new = [END if id == END else sample(scores, row, rng, **how)
+                   for id, scores, row in zip(new, logits, rows)]
             rows = [[*row, id] for row, id in zip(rows, new)]
             yield new, logits
             if set(new) == {END}:
@@ -469,14 +478,14 @@ def named_leaves(tree):
     return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-def save_checkpoint(path, state, about, keep=False):
+def save_checkpoint(path, state, about):
     """One file with everything and no pickle: the arrays, and `about` (settings, tokenizer, step)
-    as JSON. keep: the file that was there becomes *.prev.npz."""
+    as JSON."""
     arrays = named_leaves(state)
     if not all(np.isfinite(a).all() for a in arrays.values()):
         raise InputError(f"{path}: kept as it was, the parameters are no longer finite; go on from"
                          " it by --init, with a smaller --learning_rate")
-    with whole_file(path, keep) as file:
+    with whole_file(path) as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 def load_checkpoint(path, whole=False):
@@ -501,13 +510,17 @@ def load_checkpoint(path, whole=False):
                          " earlier one, *.prev.npz") from None
     return jax.tree.unflatten(jax.tree.structure(state), found), about, cfg, tokenizer
 
+# The settings of the model come from the checkpoint that a run starts from. On --resume all others
+# do too; these alone may be given anew (eval is one of sft.py).
+MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
+MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "out_dir", "resume",
+              "shard_params", "coordinator", "num_processes", "process_id", "eval"}
+
 def inherit(cfg, given, about, path):
-    """cfg with what the checkpoint at path was made with: on --resume all settings but those that
-    may change and are given, else those of the model. given: the names of the flags on the command
-    line; one that says otherwise than the checkpoint is refused."""
-    saved, names = about["config"], MODEL
-    if cfg.resume:
-        names = saved.keys() - (MAY_CHANGE & given) - {"resume", "out_dir"}
+    """cfg with settings of the checkpoint at path. given: names of the flags on the command line;
+    one of a setting that may not change, if it says otherwise than the checkpoint, is refused."""
+    saved = about["config"]
+    names = saved.keys() - (MAY_CHANGE & (given | {"out_dir"})) if cfg.resume else MODEL
     for name in given & names:
         if saved[name] != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
@@ -515,38 +528,88 @@ def inherit(cfg, given, about, path):
     return replace(cfg, **{name: saved[name] for name in names})
 
 # ---------------------------------------------------------------- training loop
-def steps_in_time(cfg, done, new_steps, first, until):
-    """How many steps there will be until a time, as the pace since the first of this start tells;
-    unless that is about as many as there would be anyway. Times as time.perf_counter() has them."""
-    now = time.perf_counter()
-    pace = max(1e-9, (now - first) / (new_steps - 1))
-    steps = done + max(0, int((until - now) / pace))
-    steps = int(process_allgather(np.array(steps)).min())
-    if abs(steps - cfg.max_steps) * pace < 3 * cfg.minutes:  # seconds: a twentieth of them
-        return cfg.max_steps
+def log_of(path):
+    """out/base.npz -> out/log.csv, out/chat.npz -> out/log_chat.csv"""
+    return path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
+
+def steps_in_time(cfg, done, ticks):
+    """cfg with as many steps as there will be in --minutes, as the pace so far tells; but what
+    would change that by less than a twentieth changes nothing. ticks: when this start was and when
+    each step since then ended, as time.perf_counter() has it."""
+    pace = max(1e-9, (ticks[-1] - ticks[1]) / (len(ticks) - 2))  # seconds, without compiling
+    left = ticks[0] + 60 * cfg.minutes - ticks[-1]
+    steps = done + max(0, int(left / pace))
+    steps = int(process_allgather(np.array(steps)).min())  # all processes end together
+    new_steps = steps - done + len(ticks) - 1
+    if abs(steps - cfg.max_steps) < new_steps / 20:
+        return cfg
     say(f"{steps} steps in {cfg.minutes:g} minutes")
-    return steps
+    return replace(cfg, max_steps=steps)
 
-def prove_room(path):
-    """Fail now if there is no room beside a checkpoint for the best one and the next one."""
-    with (tempfile.TemporaryFile(dir=path.parent) as best,
-          tempfile.TemporaryFile(dir=path.parent) as new):
-        best.write(path.read_bytes())
-        new.write(path.read_bytes())
+def begin_files(path, about, fresh):
+    """Room for two more checkpoints, the best one and the next one, and the log so far. A fresh run
+    keeps the log and the best of the one before as *.prev.*"""
+    with tempfile.TemporaryFile(dir=path.parent) as room:
+        room.write(path.read_bytes())
+        room.write(path.read_bytes())
+    best_path = path.with_suffix(".best.npz")
+    if fresh:
+        keep_previous(log_of(path))
+        keep_previous(best_path)
+        best_path.unlink(missing_ok=True)
+    begin_log(log_of(path), about["log"])
 
-def conclude(cfg, about, path, best_path):
+def try_to_save(path, state, about, best, must):
+    """Save a checkpoint, also as the best one if `best`, [step, nats, bits a byte] of the lowest
+    validation so far, is new. If it need not be, that it fails is said and no more."""
+    try:
+        save_checkpoint(path, state, about | {"best": best})
+        if best != about["best"]:
+            link(path, path.with_suffix(".best.npz"))
+        about["best"] = best
+    except OSError as e:
+        if must:
+            raise
+        say(f"{path}: not saved ({e.strerror}); the next validation tries again")
+
+def report(cfg, about, path, stays):
+    """The last row of the log onto the screen, and into the file if that is possible."""
+    done, value, nats, _, _, speed, _ = row = about["log"][-1]
+    with suppress(OSError), open(log_of(path) if writes() else os.devnull, "a") as file:
+        print(*row, sep=",", file=file)
+    left = clock((cfg.max_steps - done) * tokens_a_step(cfg) / speed)
+    validation = f"validation {nats:.3f}  " if nats else ""
+    show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{speed} tokens/s"
+                  f"  {left} left", last=stays)
+
+def of_run_before(path):
+    """"; of the run before 1.621 (out/log.prev.csv)", if it has validated."""
+    log_path = log_of(path).with_suffix(".prev.csv")
+    with suppress(OSError, ValueError, KeyError), open(log_path) as file:
+        losses = [row["val_loss"] for row in csv.DictReader(file)]
+        return f"; of the run before {min(map(float, filter(None, losses))):.3f} ({log_path})"
+    return ""
+
+def conclude(cfg, about, path):
     """Tell what a run was started with and its lowest validation; both stay in runs.jsonl."""
     usual = asdict(type(cfg)())
     settings = {name: value for name, value in asdict(cfg).items() if value != usual[name]}
     step, nats, bits = about["best"]
     result = {"checkpoint": path.name, "steps": about["step"], "settings": settings,
               "best_step": step, "val_loss": nats, "val_bits_per_byte": bits}
-    with suppress(OSError), open(path.with_name("runs.jsonl"), "a") as file:
+    runs = path.with_name("runs.jsonl")
+    with suppress(OSError), open(runs if writes() else os.devnull, "a") as file:
         print(json.dumps(result), file=file)
-    say(f"settings, also in {path.with_name('runs.jsonl')}: {settings}")
+    say(f"settings, also in {runs}: {settings}")
     if step:
         bits = f" ({bits:.3f} bits a byte)" if bits else ""
-        say(f"lowest validation {nats:.3f}{bits} at step {step}, kept as {best_path}")
+        say(f"lowest validation {nats:.3f}{bits} at step {step}, kept as"
+            f" {path.with_suffix('.best.npz')}{of_run_before(path)}")
+    if about["step"] < cfg.max_steps:
+        say(f"interrupted at step {about['step']}, saved in {path}; go on with: python"
+            f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
+        sys.exit(130)
+    draw([row[1] for row in about["log"]])
 
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
@@ -555,93 +618,58 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     if not cfg.resume:
         state = new_state(state["params"])
         about.update(step=0, seconds=0.0, log=[])
-        about.pop("best", None)
     about.setdefault("best", [0, None, None])  # step, nats, bits a byte
-    done, stopped = about["step"], False
-    if cfg.resume and done >= cfg.max_steps and not cfg.minutes:
+    done = about["step"]
+    if done >= cfg.max_steps and not cfg.minutes:
         say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
         return state
-    rows = about["log"]  # the same list, so what is added to it is saved
-    times = []  # of each step
-    started = time.perf_counter()
-    began = started - about["seconds"]
-    until = started + 60 * cfg.minutes
     if cfg.minutes:
-        cfg = replace(cfg, max_steps=max(cfg.max_steps, done + 100))  # until its pace is known
-    chief = jax.process_index() == 0
-    log_path = path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
-    best_path = path.with_name(f"{path.stem}.best.npz")
+        cfg = replace(cfg, max_steps=done + 100)  # until its pace is known
+    ticks = [time.perf_counter()]  # when it began, and when each step ended
+    began = ticks[0] - about["seconds"]
     placed = placements_of(state, cfg)
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
-    # Changes nothing but where it lies: whole on every device.
-    gather = jax.jit(lambda tree: tree, out_shardings=placements(cfg.batch_size)[0])
 
-    def save(keep=False):
+    def save(best, must=True):
         settings = asdict(replace(cfg, minutes=0.0))  # they became steps
         about.update(config=settings, step=done, seconds=time.perf_counter() - began)
-        arrays = jax.tree.map(np.asarray, gather(state))  # all processes take part in it
-        if chief:
-            save_checkpoint(path, arrays, about, keep)
-        return arrays
+        whole = process_allgather(state, tiled=True)  # from all processes
+        if writes():
+            try_to_save(path, whole, about, best, must)
+        return whole
 
-    with only_writer(path.parent) if chief else nullcontext(), wishes_to_stop() as wishes:
-        # wishes: what Ctrl-C and its kin leave there; they no longer break off.
-        # Step 0 too is saved: a full disk fails now. The old files become *.prev.*
-        saved = save(keep=not cfg.resume)
-        if chief:
-            prove_room(path)
-            begin_log(log_path, rows, keep=not cfg.resume)
-            if not cfg.resume and best_path.exists():
-                kept = best_path.replace(best_path.with_suffix(".prev.npz"))
-                say(f"the {best_path.name} that was there is now {kept}")
-        while done < cfg.max_steps and not stopped:
-            before, rate = time.perf_counter(), learning_rate(done, cfg)
+    with only_writer(path.parent) if writes() else nullcontext(), wishes_to_stop() as wishes:
+        if writes() and not cfg.resume:
+            keep_previous(path)
+        saved = save(about["best"])  # at step 0 too: a full disk fails now
+        if writes():
+            begin_files(path, about, fresh=not cfg.resume)
+        last = False
+        while not last:
+            rate = learning_rate(done, cfg)
             state, value = step(state, done, rate)
-            done, value = done + 1, float(value)  # waits for the device
-            now = time.perf_counter()
-            times.append(now - before)
-            if len(times) == 1:
-                first = now
-            slow = len(times) > 2 and np.median(times[-9:]) > 1  # a second
-            # All processes stop after the same step.
-            stopped, slow = process_allgather(np.array([bool(wishes), slow])).reshape(-1, 2).any(0)
-            if cfg.minutes and (slow or len(times) % 10 == 0):
-                cfg = replace(cfg, max_steps=steps_in_time(cfg, done, len(times), first, until))
-            # If the loss is not finite, save() raises an error below, and that ends the run.
-            last = stopped or done >= cfg.max_steps or not math.isfinite(value)
-            due = cfg.eval_every and (done % cfg.eval_every == 0 or done >= cfg.max_steps)
+            value = float(value)  # waits for the device
+            done += 1
+            ticks.append(time.perf_counter())
+            if cfg.minutes and (len(ticks) == 4 or len(ticks) % 10 == 0):
+                cfg = steps_in_time(cfg, done, ticks)
+            stopped = process_allgather(np.array(bool(wishes))).any()  # all after the same step
+
+            finished = done >= cfg.max_steps
+            # If the loss is not finite, saving raises an error, and that ends the run.
+            last = finished or stopped or not math.isfinite(value)
+            due = cfg.eval_every and (finished or done % cfg.eval_every == 0)
             nats, bits = validate(state["params"]) if due else ("", "")
             if last or due or done == 1 or done % cfg.log_every == 0:
-                pace = max(1e-9, np.median(times[-cfg.log_every:]))  # seconds a step
-                speed = round(cfg.batch_size * cfg.grad_accum * cfg.block_size / pace)
-                rows.append([done, value, nats, bits, rate, speed, time.perf_counter() - began])
-                with suppress(OSError), open(log_path if chief else os.devnull, "a") as log:
-                    print(*rows[-1], sep=",", file=log)
-                if last or due:  # then the line also stays on the screen
-                    best = about["best"]
-                    if nats != "" and nats <= (best[1] or math.inf):
-                        about["best"] = [done, nats, bits]
-                    try:
-                        saved = save()
-                        if about["best"] != best and chief:
-                            link(path, best_path)
-                    except OSError as e:
-                        about["best"] = best
-                        if last:
-                            raise
-                        say(f"{path}: not saved ({e.strerror}); the next validation tries again")
-                shown = f"validation {nats:.3f}  " if nats else ""
-                show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {shown}{speed}"
-                              f" tokens/s  {clock((cfg.max_steps - done) * pace)} left",
-                              last=last or due)
-    if chief:
-        conclude(cfg, about, path, best_path)
-    if stopped and done < cfg.max_steps:
-        say(f"interrupted at step {done}, saved in {path}; go on with: python"
-            f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
-        sys.exit(130)
-    draw([row[1] for row in rows])
+                seconds = np.median(np.diff(ticks[-cfg.log_every - 1:]))  # of a step
+                speed = round(tokens_a_step(cfg) / max(1e-9, seconds))
+                about["log"].append([done, value, nats, bits, rate, speed, ticks[-1] - began])
+                report(cfg, about, path, stays=last or due)
+            if last or due:
+                is_best = nats != "" and nats <= (about["best"][1] or math.inf)
+                saved = save([done, nats, bits] if is_best else about["best"], must=last)
+    conclude(cfg, about, path)
     return saved
 
 # ---------------------------------------------------------------- main
@@ -659,18 +687,19 @@ def join(cfg):
     except (ValueError, IndexError) as e:
         raise InputError(f"--coordinator {cfg.coordinator}: HOST:PORT, and --process_id below"
                          f" --num_processes ({e})") from None
-    if jax.process_index():
+    if not writes():
         sys.stdout = open(os.devnull, "w")
 
 def small_gradient(where, dropout):
     """The gradient of a small random model, computed on a device, as one array."""
     cfg = Config(n_layer=1, dtype="float32", vocab_size=64, dropout=dropout)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
     x, y = rng.integers(64, size=(2, 3, 64))  # x stands for the weights too
+    key = np.uint32([0, 1])
+    params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
     with jax.default_device(where):
-        sum_of_losses = lambda params: loss(params, (x, y, x), np.uint32([0, 1]), cfg)[0]
-        gradient = jax.jit(jax.grad(sum_of_losses))(params)
+        gradient_of = jax.jit(jax.grad(loss, has_aux=True), static_argnums=3)
+        gradient, _ = gradient_of(params, (x, y, x), key, cfg)
         return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
 
 def check_device(dropout=0.0):
@@ -689,20 +718,24 @@ def check_device(dropout=0.0):
     print(f"{gpu} is not used, all runs on the CPU: {problem}", file=sys.stderr)
     jax.config.update("jax_default_device", cpu)
 
+def make_corpus_if_missing(data_dir):
+    """The default text; one process makes it, and the others wait."""
+    if not (data_dir / "train.bin").exists():
+        say(f"no {data_dir}/train.bin yet: running prepare.py")
+        if writes():
+            prepare.main([])
+    process_allgather(np.zeros(1))
+
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     join(cfg)
-    path = Path(cfg.out_dir, "base.npz")
+    path, data_dir = Path(cfg.out_dir, "base.npz"), Path(cfg.data_dir)
     start = path if cfg.resume else cfg.init
     if start:
         state, about, *_ = load_checkpoint(start, cfg.resume)
         cfg = inherit(cfg, given, about, start)
-    data_dir = Path(cfg.data_dir)
-    if not (start or "data_dir" in given or (data_dir / "train.bin").exists()):
-        say(f"no {data_dir}/train.bin yet: running prepare.py")
-        if jax.process_index() == 0:
-            prepare.main([])
-        process_allgather(np.zeros(1))  # the others wait
+    elif "data_dir" not in given:
+        make_corpus_if_missing(data_dir)
     check_device(cfg.dropout)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")
     if start and about["tokenizer"] != tokenizer.to_json():
@@ -716,19 +749,20 @@ def main(argv):
         raise InputError(f"--n_embd {cfg.n_embd}: no multiple of 2 x n_head = {2 * cfg.n_head}")
     if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
         raise InputError(f"--batch_size: no multiple of the {jax.device_count()} devices")
+
     ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
     batch_at = partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
     text = zlib.crc32(ids)
-    if cfg.resume and about.get("text", text) != text:
-        raise InputError(f"{data_dir}: another text than {path} was begun with; --init {path}"
-                         " goes on from it with a new one")
     if not cfg.resume:
         about = {"kind": "base", "tokenizer": tokenizer.to_json(), "text": text}
-    count = sum(p.size for p in jax.tree.leaves(state["params"]))
-    tokens = cfg.batch_size * cfg.grad_accum * cfg.block_size
+    if about.get("text", text) != text:
+        raise InputError(f"{data_dir}: another text than {path} was begun with; --init {path}"
+                         " goes on from it with a new one")
+    n_params = sum(p.size for p in jax.tree.leaves(state["params"]))
+    tokens = tokens_a_step(cfg)
     say(f"{placements(cfg.batch_size)[0].mesh.size} {device().platform} device(s), {cfg.dtype},"
-        f" {count:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
+        f" {n_params:,} parameters, {tokens} tokens a step, {len(ids)} tokens an epoch"
         f" ({len(ids) / tokens:.0f} steps), expected first loss ln {cfg.vocab_size} ="
         f" {math.log(cfg.vocab_size):.3f}")
     try:
@@ -739,6 +773,7 @@ def main(argv):
         print(f"error: a process is out of reach ({str(e)[:99]!r}); start all with --resume",
               file=sys.stderr, flush=True)
         os._exit(2)  # at once: jax would wait for the others
+
     # END, which follows each document, alone: a new document begins.
     steps = make_generator(cfg)(state["params"], [[END]], 2 * cfg.block_size,
                                 np.random.default_rng(cfg.seed), temperature=0.8)

@@ -541,10 +541,18 @@ def link(path, name):
     os.replace(part, name)
     part.unlink(missing_ok=True)  # if both were the same file already, replace did nothing
 
+def keep_previous(path):
+    """Give the file that is there the name *.prev.* too."""
+    if path.exists():
+        kept = path.with_name(f"{path.stem}.prev{path.suffix}")
+        before = ", in place of an older one" if kept.exists() else ""
+        link(path, kept)
+        say(f"the {path.name} that was there is now {kept}{before}")
+
 @contextmanager
-def whole_file(path, keep=False):
-    """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.* too.
-    If it is a link to a file elsewhere, it stays one."""
+def whole_file(path):
+    """The old or the whole new file is there, whenever power fails. If it is a link to a file
+    elsewhere, it stays one."""
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     part = Path(f"{path}.part")
     try:
@@ -552,11 +560,6 @@ def whole_file(path, keep=False):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep and path.exists():
-            kept = path.with_name(f"{path.stem}.prev{path.suffix}")
-            before = ", in place of an older one" if kept.exists() else ""
-            link(path, kept)
-            say(f"the {path.name} that was there is now {kept}{before}")
         os.replace(part, path)
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk names no file
@@ -604,10 +607,10 @@ def wishes_to_stop():
         for number, handler in before.items():
             signal.signal(number, handler)
 
-def begin_log(path, rows, keep):
-    """Write log.csv with the rows so far. keep: that of the run before is kept."""
+def begin_log(path, rows):
+    """Write log.csv with the rows so far."""
     names = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
-    with whole_file(path, keep) as file:
+    with whole_file(path) as file:
         file.writelines(f"{','.join(map(str, row))}\n".encode() for row in [[names], *rows])
 
 def draw(values, width=72):
