@@ -15,23 +15,43 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import gpt
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data.world import DONT_KNOW, reworded, rng
+from data.world import DONT_KNOW, reworded
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, not_used, plain
 from prepare import printable, read_flags, read_json, read_lines, report, run, say, setting
 from prepare import show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
-ASKS, ANSWERS = {"user", "human"}, {"assistant", "gpt"}  # roles
+class Message(NamedTuple):
+    """What one side says. A dialogue is a list of them: user, assistant, user, assistant."""
+    role: str
+    text: str
+    trained: bool = False  # whether it is to be learned
+
+@dataclass(frozen=True)
+class Example:
+    """What is learned from, or what a test asks: a dialogue, or two that are a preference."""
+    dialogues: list  # [the one to imitate] or [chosen, rejected]
+    source: str  # "file:line"
+    set: str = "all"  # its line in the table of a test
+
+    @property
+    def chosen(self):
+        return self.dialogues[0]
+
+ASKS = {"user", "human"}  # roles
+ANSWERS = {"assistant", "gpt"}
 SYSTEM = {"system", "developer"}  # what such a turn says is put before the question
-SYSTEM_FIELDS = ("system", "system_prompt")
-QUESTION_FIELDS = ("prompt", "instruction", "question", "input", "context")
-ANSWER = [("messages", "conversations", "response", "output", "completion", "answer")]  # for one
-PREFERENCE = [("chosen",), ("rejected",)]  # for two
+SYSTEM_FIELDS = {"system": "system", "system_prompt": "system"}  # field: whose words it holds
+QUESTION_FIELDS = dict.fromkeys(
+    ["history", "prompt", "instruction", "question", "input", "context"], "user")
+ANSWER = [("messages", "conversations", "response", "output", "completion", "answer")]
+PREFERENCE = [("chosen",), ("rejected",)]  # fields of two dialogues
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
 def role_of(turn):
@@ -48,73 +68,88 @@ def text_of(content):
 def turns_of(record, answer_fields):
     """A record -> (its turns, OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"},
     ...], and the names of the fields that they are made of)."""
-    def turns(role, names):
-        found = []
-        for value in map(record.get, names):
-            if isinstance(value, list):
-                found += value
-            elif text_of(value).strip():
-                found.append({"role": role, "content": value})
-        return found
-
-    earlier = turns("system", SYSTEM_FIELDS)
+    fields = SYSTEM_FIELDS | QUESTION_FIELDS | dict.fromkeys(answer_fields, "assistant")
     for name in answer_fields:
         conversation = record.get(name)
         if isinstance(conversation, list) and any(role_of(turn) in ASKS for turn in conversation):
+            fields = SYSTEM_FIELDS | {name: "both"}  # it is given whole
             if role_of(conversation[0]) in SYSTEM:
-                earlier = []
-            return earlier + conversation, {name, *SYSTEM_FIELDS}  # given whole
-    for turn in turns("user", ["history"]):
-        if isinstance(turn, list):  # LLaMA-Factory's [question, answer]
-            question, answer = turn
-            earlier += [{"role": "user", "content": question}]
-            turn = {"role": "assistant", "content": answer}
-        earlier.append(turn)
-    used = {"history", *SYSTEM_FIELDS, *QUESTION_FIELDS, *answer_fields}
-    return earlier + turns("user", QUESTION_FIELDS) + turns("assistant", answer_fields), used
+                return conversation, {*fields}
+            break
+
+    turns = []
+    for name, role in fields.items():
+        said = record.get(name)
+        if not isinstance(said, list):
+            said = [{"role": role, "content": said}] if text_of(said).strip() else []
+        for turn in said:
+            if name == "history" and isinstance(turn, list):  # LLaMA-Factory's [question, answer]
+                question, answer = turn
+                turns.append({"role": "user", "content": question})
+                turn = {"role": "assistant", "content": answer}
+            turns.append(turn)
+    return turns, {*fields}
 
 def messages_of(turns, source):
-    """Turns -> [(role, text, trained), ...] going user, assistant, user, assistant. What is said
-    before an answer is one question; an answer of "weight" 0 is not trained."""
-    messages, asked, is_asked = [], [], False
+    """Turns -> a dialogue as a list of messages. What is said before an answer is one question; an
+    answer of "weight" 0 is not trained."""
+    messages = []
+    asked, is_asked = [], False  # since the last answer: texts, whether the user spoke
     for turn in turns:
-        role, text = role_of(turn), text_of(turn.get("content", turn.get("value")))
+        role = role_of(turn)
+        text = text_of(turn.get("content", turn.get("value")))
         if role in ASKS | SYSTEM:
-            asked += [text] if text else []
+            if text:
+                asked.append(text)
             is_asked |= role in ASKS
         elif role not in ANSWERS or turn.get("tool_calls") or not (asked and is_asked):
             raise ValueError("that are no conversation of questions and answers in turn")
         elif not text.strip():
             raise ValueError("with an empty answer")
         else:
-            messages.append(("user", "\n\n".join(asked), False))
-            messages.append(("assistant", text, turn.get("weight", 1) != 0))
+            trained = turn.get("weight", 1) != 0
+            messages += [Message("user", "\n\n".join(asked)), Message("assistant", text, trained)]
             asked, is_asked = [], False
     if asked and messages:
         count("last question(s) without an answer", source)
     return messages
 
-def read_records(paths, kind=ANSWER):
-    """Files -> [(messages for each answer, record, "file:line")]. What cannot be a conversation is
-    left out, and one line tells of it. Of a preference only the last message is trained."""
-    records = []
-    for record, source in (pair for path in paths for pair in read_json(read_lines(path))):
-        try:
-            record = {"messages": record} if isinstance(record, list) else record
-            turns, used = zip(*(turns_of(record, names) for names in kind))
-            found = [messages_of(some, source) for some in turns]
-            if kind is PREFERENCE:
-                found = [[(*m[:2], False) for m in some[:-1]] + some[-1:] for some in found]
-            if found[1:] == found[:1] or not all(any(m[2] for m in some) for some in found):
-                raise ValueError("without an answer to train")
-            records.append((found, record, source))
-            not_used.update(record.keys() - OURS - set().union(*used))
-        except (ValueError, AttributeError, LookupError, TypeError) as e:  # anything can be in it
-            count(f"record(s) {e if isinstance(e, ValueError) else 'of no known shape'}", source)
-    if paths and not records:
+def example_of(record, kind, source):
+    """A record -> an example. Of a preference only the last message is trained."""
+    if isinstance(record, list):
+        record = {"messages": record}
+    dialogues = []
+    unused = record.keys() - OURS
+    for fields in kind:
+        turns, used = turns_of(record, fields)
+        unused -= used
+        messages = messages_of(turns, source)
+        if kind is PREFERENCE:
+            messages[:-1] = [Message(m.role, m.text) for m in messages[:-1]]
+        dialogues.append(messages)
+
+    chosen, *rejected = dialogues
+    all_trained = all(any(m.trained for m in dialogue) for dialogue in dialogues)
+    if chosen in rejected or not all_trained:
+        raise ValueError("without an answer to train")
+    not_used.update(unused)
+    return Example(dialogues, source, str(record.get("set", "all")))
+
+def read_examples(paths, kind=ANSWER):
+    """Files -> [example]. What cannot be one is left out, and one line tells of it."""
+    examples = []
+    for path in paths:
+        for record, source in read_json(read_lines(path)):
+            try:
+                examples.append(example_of(record, kind, source))
+            except ValueError as e:
+                count(f"record(s) {e}", source)
+            except (AttributeError, LookupError, TypeError):  # anything can be in it
+                count("record(s) of no known shape", source)
+    if paths and not examples:
         raise InputError(f"{paths[0]}: no question with an answer in it; left out: {list_of()}")
     report()
-    return records
+    return examples
 
 # ---------------------------------------------------------------- rows: what a step is trained on
 def render(messages, tokenizer):
@@ -139,25 +174,25 @@ def shift(ids, trained, T):
     row[:, : len(ids) - 1] = ids[:-1], ids[1:], trained[1:]
     return row
 
-def rows_of(records, tokenizer, T):
-    """Records with n answers each -> rows (N, n, 3, T): x, y, w of those that fit the context."""
+def rows_of(examples, tokenizer, T):
+    """Examples of n dialogues each -> rows (N, n, 3, T): x, y, w of those that fit the context."""
     rows, lengths = [], []
-    for found, _, source in records:
-        rendered = [render(messages, tokenizer) for messages in found]
-        lengths.append(max(len(ids) for ids, _ in rendered))
-        if lengths[-1] > T:
-            count(f"record(s) longer than the context of {T} tokens", source)
+    for example in examples:
+        rendered = [render(dialogue, tokenizer) for dialogue in example.dialogues]
+        length = max(len(ids) for ids, _ in rendered)
+        lengths.append(length)
+        if length > T:
+            count(f"record(s) longer than the context of {T} tokens", example.source)
         else:
-            rows.append([shift(*answer, T) for answer in rendered])
-    advice = ""
-    if len(rows) < 0.75 * len(records):
-        enough = -(-int(np.quantile(lengths, 0.9)) // 32) * 32
-        advice = ("the context is that of the base: one that nine in ten fit is trained by python"
-                  f" gpt.py --block_size {enough}")
+            rows.append([shift(ids, trained, T) for ids, trained in rendered])
+
+    enough = -(-int(np.quantile(lengths, 0.9)) // 32) * 32
+    advice = ("the context is that of the base: one that nine in ten fit is trained by python"
+              f" gpt.py --block_size {enough}")
     if not rows:
         raise InputError(f"no example fits the context of {T} tokens; {advice}")
     report()
-    if advice:
+    if len(rows) < 0.75 * len(lengths):
         say(advice)
     return np.array(rows)
 
@@ -165,42 +200,51 @@ def show(row, tokenizer):
     """A row as text; what is trained is in brackets. A character may be several tokens."""
     spelled = [name.encode() for name in SPECIAL] + tokenizer.bytes[len(SPECIAL):]
     x, y, w = row
-    text, n = "", np.flatnonzero(x)[-1] + 1  # END, which is 0, is only a target
-    for trained, part in groupby(zip([x[0], *y[:n]], [0, *w[:n]]), lambda token: token[1]):
-        words = printable(b"".join(spelled[id] for id, _ in part).decode("utf-8", "replace"))
+    n = np.flatnonzero(x)[-1] + 1  # END, which is 0, is only a target
+    text = SPECIAL[USER]  # the first x; the others are targets too
+    for trained, targets in groupby(zip(w[:n], y), lambda target: target[0]):
+        words = b"".join(spelled[id] for _, id in targets).decode("utf-8", "replace")
         text += f"[{words}]" if trained else words
-    return text
+    return printable(text)
 
 # ---------------------------------------------------------------- answers and their marks
-def answer_all(params, cfg, tokenizer, asked, temperature=0.0):
-    """Answers to the last question of lists of messages, 64 at a time -> [text]."""
-    generate, rng, answers = gpt.make_generator(cfg), np.random.default_rng(cfg.seed), []
-    for start in range(0, len(asked), 64):
-        prompts = [render(some[:-1], tokenizer)[0] for some in asked[start:start + 64]]
-        steps = generate(params, prompts, cfg.block_size, rng, temperature=temperature)
+CORRECTED = "corrected by you"  # a set
+
+def answer_all(params, cfg, tokenizer, examples, temperature=0.0):
+    """What a model answers to the last question of each, 64 at a time -> [text]."""
+    generate = gpt.make_generator(cfg)
+    rng = np.random.default_rng(cfg.seed)
+    prompts = [render(example.chosen[:-1], tokenizer)[0] for example in examples]
+    answers = []
+    for start in range(0, len(prompts), 64):
+        some = prompts[start:start + 64]
+        steps = generate(params, some, cfg.block_size, rng, temperature=temperature)
         answers += [tokenizer.decode(ids).strip() for ids in zip(*(new for new, _ in steps))]
-        show_progress(f"answering: {len(answers)} of {len(asked)}", len(answers) == len(asked))
+        done = len(answers)
+        show_progress(f"answering: {done} of {len(prompts)}", done == len(prompts))
     return answers
 
 def examine(models, cfg, tokenizer, test):
     """Let the models, one or that before and that after, answer a test and print for each set of it
-    how many % are right, word for word, declined or wrong -> the answers of the last model."""
-    dialogues = [messages for [messages], *_ in test]
-    wanted = np.array([messages[-1][1].strip() for messages in dialogues])
-    sets = np.array([str(record.get("set", "all")) for _, record, _ in test])
-    said = np.array([answer_all(params, cfg, tokenizer, dialogues) for params in models])
-    declined = said == DONT_KNOW
-    right = (said == wanted) & ~declined  # (models, questions)
+    how many % are right, word for word, declined or wrong; then what was to be corrected."""
+    sets = np.array([example.set for example in test])
+    wanted = np.array([example.chosen[-1].text.strip() for example in test])
+    said = np.array([answer_all(params, cfg, tokenizer, test) for params in models])
+    marks = np.where(said == wanted, "right", "wrong")  # (models, questions)
+    marks = np.where(said == DONT_KNOW, "declined", marks)
     say(f"{'set':<24}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
     for name in dict.fromkeys(sets):
-        line = f"{printable(name):<24}{(sets == name).sum():>10}"
-        for found in right, declined, ~(right | declined):
-            parts = 100 * found[:, sets == name].mean(axis=1)
-            line += f"{' -> '.join(f'{part:.1f}' for part in parts):>18}"
+        marks_here = marks[:, sets == name]
+        line = f"{printable(name):<24}{marks_here.shape[1]:>10}"
+        for mark in ("right", "declined", "wrong"):
+            percents = 100 * (marks_here == mark).mean(axis=1)
+            line += f"{' -> '.join(f'{percent:.1f}' for percent in percents):>18}"
         say(line)
-    if len(said) > 1:
+    if len(models) > 1:
         say(f"{100 * (said[0] == said[1]).mean():.1f} % of these answers are the same as before")
-    return said[-1].tolist()
+    for example, answer in zip(test, said[-1].tolist()):
+        if example.set == CORRECTED:
+            say(f"{example.chosen[-2].text!r}: now {answer!r}")
 
 # ---------------------------------------------------------------- preferences
 def log_probs(params, x, y, w, cfg, key=None):
@@ -209,8 +253,8 @@ def log_probs(params, x, y, w, cfg, key=None):
 
 def dpo_loss(params, batch, key, cfg):
     """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w
-    (N, T) of 2n answers, each chosen one before its rejected one, and of pretraining text, whose
-    loss is added; reference (2n,): log-probabilities by the model before training. The loss per
+    (N, T) of n answers, each chosen one before its rejected one, then of pretraining text, whose
+    loss is added; reference (n,): log-probabilities by the model before training. The loss per
     token of the chosen is added, or it too would become less probable (arXiv 2404.19733)."""
     x, y, w, reference = batch
     logp, n = log_probs(params, x, y, w, cfg, key), len(reference)
@@ -227,18 +271,20 @@ def dpo_loss(params, batch, key, cfg):
 def corrections_in(path, tokenizer, T):
     """What /better wrote -> preferences, the last of each question. One whose conversation is
     longer than the context stands alone."""
-    def is_too_long(found):
-        return max(len(render(messages, tokenizer)[0]) for messages in found) > T
+    def fit(dialogues):
+        return all(len(render(dialogue, tokenizer)[0]) <= T for dialogue in dialogues)
 
     last = {}
     there = path.exists() and path.stat().st_size
-    for found, record, source in read_records([path] if there else [], PREFERENCE):
-        if is_too_long(found):
-            found = [messages[-2:] for messages in found]
-        if is_too_long(found):
-            count(f"correction(s) longer than the context of {T} tokens", source)
+    for example in read_examples([path] if there else [], PREFERENCE):
+        dialogues = example.dialogues
+        if not fit(dialogues):
+            dialogues = [dialogue[-2:] for dialogue in dialogues]
+        if fit(dialogues):
+            asked = str(dialogues[0][:-1])
+            last[asked] = Example(dialogues, example.source, CORRECTED)
         else:
-            last[str(found[0][:-1])] = found, record, source
+            count(f"correction(s) longer than the context of {T} tokens", example.source)
     report()
     return [*last.values()]
 
@@ -246,32 +292,65 @@ def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all; half the time in other words, then
     without what was said before (reworded)."""
     examples = []
-    for found, *rest in corrections * (1 + n_others // (1 + 4 * len(corrections))):
-        question, answer = found[0][-2:]
-        asked = ("user", reworded(question[1], answer[1]), False)
+    for example in corrections * (1 + n_others // (1 + 4 * len(corrections))):
+        question, answer = example.chosen[-2:]
+        asked = Message("user", reworded(question.text, answer.text))
         if asked != question:
-            found = [[asked, messages[-1]] for messages in found]
-        examples.append((found, *rest))
+            example = replace(example, dialogues=[[asked, d[-1]] for d in example.dialogues])
+        examples.append(example)
     return examples
 
-def preferences_of(records, params, cfg, tokenizer, alone):
-    """Records of questions and answers -> of preferences, of each the first question: the answer is
-    chosen, what the model says itself is rejected if it is wrong: made up, or "I do not know that."
-    of what it was told. Other rejected ones have no weight, nor has any beside corrections: these
-    keep the rest as it is."""
-    first = [(messages[:2], source) for [messages], _, source in records if messages[1][2]]
-    known = [pair for pair in first if pair[0][1][1] != DONT_KNOW][:1300]
-    unknown = [pair for pair in first if pair[0][1][1] == DONT_KNOW][:1050]
-    kept = known + unknown
-    said = [""] * len(kept)
-    if alone:
-        said = answer_all(params, cfg, tokenizer, [messages for messages, _ in kept], 1.2)
+def preferences_of(examples, ask=None):
+    """Questions and answers -> preferences, of each the first question: the answer is chosen, what
+    the model says itself, by ask(examples, temperature), is rejected if it is wrong: made up, or "I
+    do not know that." of what it was told. Other rejected ones have no weight, nor has any if the
+    model is not asked: such examples only keep the rest as it is."""
+    known, unknown = [], []
+    for example in examples:
+        question, answer = example.chosen[:2]
+        if answer.trained:
+            alike = unknown if answer.text == DONT_KNOW else known
+            alike.append(replace(example, dialogues=[[question, answer]]))
+    kept = known[:1300] + unknown[:1050]
+    said = ask(kept, 1.2) if ask else [""] * len(kept)
+
     preferences = []
-    for (messages, source), own in zip(kept, said):
-        question, answer = messages
-        rejected = ("assistant", own, own not in ("", answer[1]))
-        preferences.append(([messages, [question, rejected]], {}, source))
+    for example, own in zip(kept, said):
+        question, answer = example.chosen
+        rejected = Message("assistant", own, own not in ("", answer.text))
+        dialogues = [example.chosen, [question, rejected]]
+        preferences.append(replace(example, dialogues=dialogues))
     return preferences
+
+def built_in(cfg, name):
+    return read_examples([*Path(cfg.data_dir).glob(name)])
+
+def answers_to_keep(cfg, about, pairs):
+    """Questions whose answers DPO is to leave as they are -> (examples to train on, others for the
+    test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
+    learned = about["config"].get("pairs", ())
+    if not pairs and not learned:
+        return built_in(cfg, "qa.jsonl"), built_in(cfg, "qa_test.jsonl")[::6]
+    pairs = pairs or read_examples([name for name in learned if Path(name).exists()])
+    order = np.random.default_rng(cfg.seed).permutation(len(pairs))
+    pairs = [replace(pairs[i], set="yours, not learned now") for i in order]
+    n_test = min(len(pairs) // 10, 100)
+    return pairs[n_test:], pairs[:n_test]
+
+def learn_corrections(cfg, about, tokenizer, before, pairs, test):
+    """-> (preferences to learn, a test that ends with the corrections). before, about: parameters
+    and checkpoint of the model that was corrected."""
+    keep, others = answers_to_keep(cfg, about, pairs)
+    corrections = corrections_in(Path(cfg.out_dir, "feedback.jsonl"), tokenizer, cfg.block_size)
+    corrected = {example.chosen[-2].text for example in corrections}
+    keep = [example for example in keep if example.chosen[0].text not in corrected]
+    ask = partial(answer_all, before, cfg, tokenizer)
+    examples = preferences_of(keep, None if corrections else ask)
+    if not examples:
+        say("nothing keeps the other answers as they are, so they will change; to keep them name"
+            " questions and answers: python sft.py pairs.jsonl --dpo")
+    examples += enough_of(corrections, len(examples))
+    return examples, (test or others) + corrections
 
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
@@ -305,18 +384,20 @@ def make_if_missing(path, script):
         script(["--resume"])
 
 def load_start(path, cfg):
-    """What a run starts from: a checkpoint; of a base model with roles, for their ids were reserved
-    and never seen: they begin amid the others."""
+    """A checkpoint to start from -> (state, about, tokenizer). A base model is given roles: their
+    ids were reserved and never seen, so they begin amid the others."""
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     if about["kind"] == "base":
-        wte, noise = state["params"]["wte"], np.random.default_rng(cfg.seed)
-        about["base"] = zlib.crc32(wte)
-        wte[[USER, ASSISTANT]] = wte.mean(0) + noise.normal(0, 0.02, (2, model.n_embd))
-    return state, about, model, tokenizer
+        wte = state["params"]["wte"]
+        about.update(kind="chat", base=zlib.crc32(wte))
+        noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, model.n_embd))
+        wte[[USER, ASSISTANT]] = wte.mean(0) + noise
+    return state, about, tokenizer
 
 def text_to_replay(cfg, about, tokenizer):
     """The text that the base was trained on, if it is still there; else nothing."""
-    path, vocabulary = Path(cfg.data_dir, "train.bin"), Path(cfg.data_dir, "tokenizer.json")
+    path = Path(cfg.data_dir, "train.bin")
+    vocabulary = Path(cfg.data_dir, "tokenizer.json")
     if path.exists() and vocabulary.read_text("utf-8") == about["tokenizer"]:
         text = gpt.load_tokens(path, tokenizer, cfg.block_size + 1)
         if about.get("text") in (None, zlib.crc32(text)):
@@ -324,139 +405,128 @@ def text_to_replay(cfg, about, tokenizer):
     say(f"{cfg.data_dir} is not the text of {cfg.init}, so none of it is replayed")
     return []
 
-def fine_tune(cfg, state, about, tokenizer, rows, held, path, before=None):
-    """Train on all rows (N, n, 3, T) but the first `held` -> the parameters after it: by imitation
+def held_out_loss(objective, batches, params):
+    """-> (mean loss, no bits a byte), as gpt.train takes it; of nothing, nothing."""
+    if not batches:
+        return "", ""
+    sums = [objective(params, batch, None) for batch in batches]
+    total, number = np.sum(jax.device_get(sums), 0)
+    return float(total / number), ""
+
+def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
+    """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
     or, given the parameters before, the reference, by DPO."""
-    T, data = cfg.block_size, zlib.crc32(rows)
+    data = zlib.crc32(rows)
     if before:
         data = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], data)
+    held_out, rows = np.split(rows, [n_held])
     text = text_to_replay(cfg, about, tokenizer)
-    old = cfg.batch_size // 4 if len(text) else 0  # rows of it: arXiv 2503.21676
+    n_old = cfg.batch_size // 4 if len(text) else 0  # rows of it: arXiv 2503.21676
+    n_new = cfg.batch_size - n_old
     seen = np.isin(np.arange(cfg.vocab_size), text)  # fixed, or names never asked fall behind
+    loss = dpo_loss if before else gpt.loss
     reference = jax.jit(partial(log_probs, cfg=cfg))
 
     @jax.jit
     def objective(params, batch, key):
         fixed = jax.lax.stop_gradient(params["wte"])
         wte = jnp.where(seen[:, None], fixed, params["wte"])
-        return (dpo_loss if before else gpt.loss)(params | {"wte": wte}, batch, key, cfg)
+        return loss(params | {"wte": wte}, batch, key, cfg)
 
     def batch_of(some):
-        x, y, w = some.reshape(-1, 3, T).swapaxes(0, 1)
+        x, y, w = some.reshape(-1, 3, cfg.block_size).swapaxes(0, 1)
         batch = [np.int32(x), np.int32(y), np.float32(w)]
         return [*batch, reference(before, *batch)] if before else batch
 
     def batch_at(number):
-        new = cfg.batch_size - old  # the next so many; main has shuffled them
-        batch = batch_of(rows[held:].take(np.arange(new) + number * new, 0, mode="wrap"))
-        if old:  # it comes after the answers; a reference, batch[3], has none of it
-            replayed = gpt.random_batch(text, old, T, cfg.seed, number)
+        places = np.arange(n_new) + number * n_new  # the next so many; they have been shuffled
+        batch = batch_of(rows.take(places, 0, mode="wrap"))
+        if n_old:  # it comes after the answers; a reference, batch[3], has none of it
+            replayed = gpt.random_batch(text, n_old, cfg.block_size, cfg.seed, number)
             batch[:3] = map(np.concatenate, zip(batch, replayed))
         return batch
 
-    def validate(params):
-        if not held:
-            return "", ""
-        parts = np.array_split(rows[:held], held // 32 + 1)  # of two sizes: compiled twice
-        sums = [objective(params, batch_of(part), None) for part in parts]
-        total, number = np.sum(jax.device_get(sums), 0)
-        return float(total / number), ""
-
+    parts = np.array_split(held_out, n_held // 32 + 1) if n_held else []  # at most of two sizes
+    validate = partial(held_out_loss, objective, [batch_of(part) for part in parts])
     if not cfg.resume:
-        about.update(kind="chat", data=data)
-        if held:
+        about["data"] = data
+        if parts:
             say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
     if about["data"] != data:
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
 
-def built_in(cfg, name):
-    return read_records([*Path(cfg.data_dir).glob(name)])
+DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24}  # other defaults
 
-def answers_to_keep(cfg, about, pairs):
-    """Questions whose answers DPO is to leave as they are -> (records to train on, others for the
-    test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
-    learned = about["config"].get("pairs", ())
-    if not pairs and not learned:
-        return built_in(cfg, "qa.jsonl"), built_in(cfg, "qa_test.jsonl")[::6]
-    pairs = pairs or read_records([name for name in learned if Path(name).exists()])
-    pairs = [pairs[i] for i in np.random.default_rng(cfg.seed).permutation(len(pairs))]
-    n_test = min(len(pairs) // 10, 100)
-    fields = {"set": "yours, not learned now"}
-    return pairs[n_test:], [(found, fields, source) for found, _, source in pairs[:n_test]]
+def begin(cfg, given, name, script):
+    """A new run -> (settings, state, about, tokenizer), from --init or from the file in out_dir of
+    this name, which a script makes."""
+    start = cfg.init or Path(cfg.out_dir, name)
+    if not given & {"init", "data_dir", "out_dir"}:
+        make_if_missing(start, script)
+    state, about, tokenizer = load_start(start, cfg)
+    cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
+    return cfg, state, about, tokenizer
 
-def learn_corrections(cfg, about, tokenizer, before, pairs, test):
-    """-> (preferences to learn, the corrections among them, a test that ends with those). about:
-    that of the model before."""
-    keep, others = answers_to_keep(cfg, about, pairs)
-    corrections = corrections_in(Path(cfg.out_dir, "feedback.jsonl"), tokenizer, cfg.block_size)
-    corrected = {chosen[-2][1] for (chosen, _), *_ in corrections}
-    keep = [record for record in keep if record[0][0][0][1] not in corrected]
-    records = preferences_of(keep, before, cfg, tokenizer, alone=not corrections)
-    if not records:
-        say("nothing keeps the other answers as they are, so they will change; to keep them name"
-            " questions and answers: python sft.py pairs.jsonl --dpo")
-    if corrections:
-        records += enough_of(corrections, len(records))
-    asked = [([chosen], {"set": "corrected by you"}, "") for (chosen, _), *_ in corrections]
-    return records, corrections, (test or others) + asked
+def learn_answers(cfg, pairs, test):
+    """-> (examples to imitate, test): the user's, or the built-in ones."""
+    if pairs:
+        return pairs, test
+    return built_in(cfg, "qa.jsonl"), test or built_in(cfg, "qa_test.jsonl")
+
+def learn_preferences(cfg, tokenizer, path, pairs, preferences, test):
+    """-> (examples to learn from by DPO, test, the parameters before): the user's preferences, or
+    the corrections."""
+    if Path(cfg.init) == path:
+        raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
+    state, about, _ = load_start(cfg.init, cfg)  # a resumed run has gone on from it
+    before = state["params"]
+    if preferences:
+        return preferences + preferences_of(pairs), test, before
+    return *learn_corrections(cfg, about, tokenizer, before, pairs, test), before
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    dpo, out_dir = cfg.dpo is not None, Path(cfg.out_dir)
-    path = out_dir / ("dpo.npz" if dpo else "chat.npz")
+    dpo = cfg.dpo is not None
+    path = Path(cfg.out_dir, "dpo.npz" if dpo else "chat.npz")
     if cfg.resume:
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif dpo:
-        unset = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24}
-        cfg = replace(cfg, **{name: unset[name] for name in unset.keys() - given})
+        cfg = replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
+
     # Read now: a pretraining would be in vain.
-    pairs, test = read_records(cfg.pairs), read_records(cfg.eval)
-    preferences = read_records([cfg.dpo], PREFERENCE) if cfg.dpo else []
+    pairs = read_examples(cfg.pairs)
+    test = read_examples(cfg.eval)
+    preferences = read_examples([cfg.dpo], PREFERENCE) if cfg.dpo else []
     only_test = test and not (pairs or dpo or cfg.resume)
     if not cfg.resume:
-        script, name = (main, "chat.npz") if dpo or only_test else (gpt.main, "base.npz")
-        start = cfg.init or out_dir / name
-        if not given & {"init", "data_dir", "out_dir"}:
-            make_if_missing(start, script)
-        state, about, _, tokenizer = load_start(start, cfg)
-        cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
+        default = ("chat.npz", main) if dpo or only_test else ("base.npz", gpt.main)
+        cfg, state, about, tokenizer = begin(cfg, given, *default)
     gpt.join(cfg)
     gpt.check_device(cfg.dropout)
+
+    before = None
     if only_test:
         return examine([state["params"]], cfg, tokenizer, test)
-    if dpo and Path(cfg.init) == path:
-        raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-    corrections, before = [], None
-    if dpo:  # read again: a resumed run has gone on from it
-        state_before, about_before, *_ = load_start(cfg.init, cfg)
-        before = state_before["params"]
-    if dpo and not preferences:
-        records, corrections, test = learn_corrections(cfg, about_before, tokenizer, before, pairs,
-                                                       test)
-    elif dpo:
-        records = preferences + preferences_of(pairs, before, cfg, tokenizer, alone=False)
-    elif pairs:
-        records = pairs
+    if dpo:
+        examples, test, before = learn_preferences(cfg, tokenizer, path, pairs, preferences, test)
     else:
-        records = built_in(cfg, "qa.jsonl")
-        test = test or built_in(cfg, "qa_test.jsonl")
-    if not records:
+        examples, test = learn_answers(cfg, pairs, test)
+    if not examples:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file of"
                          " questions and answers, python sft.py pairs.jsonl")
-    rows = rows_of(records, tokenizer, cfg.block_size)
+    rows = rows_of(examples, tokenizer, cfg.block_size)
     if cfg.show:
-        return say("\n".join(show(row, tokenizer) for some in rows[:cfg.show] for row in some))
+        return say("\n".join(show(row, tokenizer) for row in np.concatenate(rows[:cfg.show])))
+
     rows = np.random.default_rng(cfg.seed).permutation(rows)
-    # Not trained on, to measure with.
-    held = min(len(rows) // 20, 512) if preferences or pairs and not dpo else 0
-    say(f"{len(rows)} examples, {held} of them held out, {rows[:, :, 2].sum()} trained tokens")
-    params = fine_tune(cfg, state, about, tokenizer, rows, held, path, before)
+    is_own = preferences or pairs and not dpo  # then some are held out, to measure with
+    n_held = min(len(rows) // 20, 512) if is_own else 0
+    say(f"{len(rows)} examples, {n_held} of them held out, {rows[:, :, 2].sum()} trained tokens")
+    params = fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before)
     if test:
-        said = examine([before, params] if dpo else [params], cfg, tokenizer, test)
-        for ([chosen, _], *_), answer in zip(corrections, said[-len(corrections):]):
-            say(f"{chosen[-2][1]!r}: now {answer!r}")
+        examine([before, params] if dpo else [params], cfg, tokenizer, test)
     say(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 if __name__ == "__main__":

@@ -777,9 +777,9 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
     path.write_text(json.dumps(record))
     lengths = []
     for context in (99, 30):
-        [(found, *_)] = sft.corrections_in(path, TOKENIZER, context)
-        lengths.append(len(found[0]))
-        assert found[0][-1][1] == "a rat"
+        [example] = sft.corrections_in(path, TOKENIZER, context)
+        lengths.append(len(example.chosen))
+        assert example.chosen[-1].text == "a rat"
     assert lengths == [4, 2]
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
