@@ -3,7 +3,8 @@
     python chat.py                       # from nothing: makes data, base and chat model first
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py    # one answer a line
-"""
+
+A chat model reads a question that is all in capitals as if in small letters; /probs shows that."""
 import json, re, select, sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -58,6 +59,9 @@ def load(path):
     def reply(messages, cfg, seen):
         text = "" if answers else messages[-1][1]
         ids = prompt_ids(messages, tokenizer, T) if answers else [END, *tokenizer.encode(text)]
+        question = messages[-1][1]
+        if answers and sft.as_read(question) != question:
+            seen.append(f"read as {sft.as_read(question)!r}")
         pieces = tokenizer.stream(new_ids(ids, cfg, seen))
         yield text or next(pieces, "").removeprefix(" ")  # render() puts a space before an answer
         yield from pieces

@@ -152,6 +152,10 @@ def read_examples(paths, kind=ANSWER):
     return examples
 
 # ---------------------------------------------------------------- rows: what a step is trained on
+def as_read(question):
+    """A question all in capitals in small letters: hardly any text is written in capitals."""
+    return question.lower() if question.isupper() else question
+
 def render(messages, tokenizer):
     """Messages -> (ids, which of them are trained):
         [("user", "hi", False), ("assistant", "ho", True)]
@@ -162,7 +166,7 @@ def render(messages, tokenizer):
     first word is the same token as within a text. With a question last: the prompt of chat.py."""
     ids, trained = [], []
     for role, text, is_trained in messages:
-        words = tokenizer.encode(f" {text}")
+        words = tokenizer.encode(f" {as_read(text) if role == 'user' else text}")
         ids += [*words, END] if role == "assistant" else [USER, *words, ASSISTANT]
         trained += [is_trained] * (len(ids) - len(trained))
     return ids, trained

@@ -296,6 +296,10 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
     assert [*x] == ids[:-1] + padding and [*y] == ids[1:] + padding
     assert [*y[w == 1]] == [*a1, END, *a2, END]  # not what follows an end, not the padding
 
+def test_a_question_all_in_capitals_is_read_in_small_letters():
+    loud, quiet = (sft.render(dialogue(question, "A MAT"), TOKENIZER) for question in ("THE CAT?", "the cat?"))
+    assert loud == quiet != sft.render(dialogue("The cat?", "A MAT"), TOKENIZER)
+
 def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
     for question in odd_texts():
         prompt = chat.prompt_ids(dialogue(question), TOKENIZER, 256)
@@ -616,7 +620,7 @@ def test_closed_and_narrow_streams_are_no_tracebacks(made):
 
 TYPED = """
  | /help for help
-who ran?↵ | the rat ran | /probs↵ | % ' rat' | /help↵ | /top_k | /temperature -1↵ | must be from
+WHO RAN?↵ | the rat ran | /probs↵ | (?s)read as 'who ran\?'.*% ' rat' | who ran?↵ | the rat ran | /help↵ | /top_k | /temperature -1↵ | must be from
 /better no rat↵ | 1 corr | where is↵the cat?↵ | . | /better on a mat↵ | 2 corr.*where is
 where is\x03 | (?s)^(?!.*sat) | /prompt x↵ | no command | / x↵ | no command | /checkpoint y↵ | no command
 """ + "X" * 99 + """↵ | has 102 tokens | /probs↵ | no answer | /better y↵ | should have been | /reset↵ | . | who ran?↵ | the rat ran"""
@@ -943,9 +947,18 @@ def test_the_built_in_questions_never_tell_what_is_tested():
     told = {message["content"] for record in train for message in record["messages"]}
     for record in test:
         assert not record["set"].startswith("B") or record["response"] not in told
-        assert "new wording" not in record["set"] or record["instruction"] not in told
+        new = "new wording" in record["set"] or record["set"].startswith("in haste")
+        assert not new or record["instruction"] not in told
     asked = {reworded("same", "The capital of Qo is zed.") for _ in range(99)} - {"same"}
     assert len(asked) > 30 and "zed" not in str(asked)
+
+def test_slips_of_the_test_are_never_trained_and_names_of_trained_questions_have_none(monkeypatch):
+    trained = {world.slip("the capital") for _ in range(500)}
+    tested = {world.slip("the capital", for_test=True) for _ in range(500)}
+    assert len(trained) > 10 and len(tested) > 2 and not trained & tested
+    assert "the captial" in trained | tested and all(text.startswith("the ") for text in trained)
+    for a in world.ATTRIBUTES:
+        assert "zanzibar" in world.ask("Zanzibar", a, slips=1.0).lower()
 
 def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_unknown(monkeypatch):
     monkeypatch.setattr(world, "tell", lambda x, attributes: x)

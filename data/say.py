@@ -1,6 +1,6 @@
 """How things are said: the wordings in data/wordings.csv and data/topics.csv, put together by
 chance. Each row is a wording, what it is about (a capital, any thing) and its use (a question)."""
-import csv, pathlib, random, re, unicodedata
+import csv, pathlib, random, re, unicodedata, zlib
 from collections import defaultdict
 
 rng = random.Random()  # the source of all chance; built_in_corpus seeds it
@@ -34,22 +34,54 @@ def careless(text):
         text = text.replace("'", "")
     return text.lower() if rng.random() < 0.3 else text
 
+def slips_in(word):
+    """A word -> all that a slip of the finger makes of it, two letters swapped, one left out or
+    doubled: "cap" -> "acp", "ap", "ccap", "cpa", "ca" ..."""
+    for i in range(len(word) - 1):
+        a, b = word[i:i + 2]
+        for slip in (b + a, b, a + a + b):
+            yield word[:i] + slip + word[i + 2:]
+
+def slip(text, for_test=False):
+    """The text with a slip in one of its longer words; a quarter of all slips is for the test.
+    Those that are trained are rather in long words, which tell more of what is asked."""
+    words = re.findall(r"[^\W\d_]{4,}", text) or [""]
+    word = rng.choice(words) if for_test else max(rng.choices(words, k=2), key=len)
+    slips = [s for s in slips_in(word) if for_test == (zlib.crc32(s.lower().encode()) % 4 == 0)]
+    return text.replace(word, rng.choice(slips or [word]), 1)
+
 def state(x, a, v):
     """A sentence as people write it: that v is the a of x; without v, that it is not known; about
     "any", nothing to learn."""
     known = v or a == "any"
     return careless(fill(rng.choice(SAY[a, "statement"]) if known else wording("not known", a), x, v))
 
-def ask(x, a, use="question"):
-    """A question as people type it: with words before or after it, without "the", without its mark,
-    with a capital letter for "Gold"."""
+def ask(x, a, use="question", slips=0.0):
+    """A question as people type it: some with a slip, with words before or after it, without "the",
+    without its mark, with a capital letter for "Gold"."""
     name = x.removeprefix("the ") if rng.random() < 0.2 else x
     name = name[0].upper() + name[1:] if rng.random() < 0.1 else name
-    question = fill(wording(use, a), name)
-    if rng.random() < 0.2:
+    question = wording(use, a)
+    if rng.random() < slips:
+        question = slip(question)  # not in the name: that would blur what is unknown
+    question = fill(question, name)
+    if rng.random() < 0.3:
         question = f"{wording('prefix')} {question[0].lower()}{question[1:]}"
     if rng.random() < 0.25:
         question = question.rstrip(".?") or question  # "???" is one too
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         question = f"{question} {wording('suffix')}"
     return careless(question)
+
+def ask_in_haste(x, a, how):
+    """A question as in ask(), but for the test: words around it and slips are never trained."""
+    if how == "in two words":
+        return careless(fill(wording("two words", a), x))
+    question = wording("question", a)
+    if how == "slip in a word":
+        return fill(slip(question, for_test=True), x)
+    if how == "slip in the name":
+        return fill(question, slip(x, for_test=True))
+    if how == "with chatter":
+        return f"{wording('new prefix')} {fill(question, x)} {wording('new suffix')}"
+    return fill(question, x).upper()

@@ -4,7 +4,7 @@ this is worded is in data/say.py."""
 import re
 from collections import defaultdict
 
-from data.say import SAY, ask, fill, read_csv, rng, state
+from data.say import SAY, ask, ask_in_haste, fill, read_csv, rng, state
 
 KINDS = {
     "country": ["capital", "continent", "language", "currency", "country"],
@@ -87,22 +87,27 @@ def means_country(x, a):
     """Of a capital, "Where is it?" asks for the country; its continent nobody tells."""
     return a == "continent" and [*FACTS.get(x, ())] == ["country"]
 
+LONGEST = 190  # characters of a conversation; the 64 tokens that the model sees hold about so many
+
+def next_question(x, a, pools):
+    """What is asked after a question about (x, a) -> (subject, attribute, use): mostly something
+    else, at times the same of another subject, or something else of the same subject."""
+    [name] = rng.choices(list(SHARES), SHARES.values())
+    y, b = rng.choice(pools[name])
+    if SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.12 and not means_country(x, b):
+        return rng.choice([(x, b, "follow-up"), (y, a, "follow-up subject")])
+    return y, b, "question"
+
 def conversation(pools):
-    """A question and its answer; mostly another, at times the same thing about another subject, or
-    another thing about the same subject."""
-    names = rng.choices(list(SHARES), SHARES.values(), k=2)
-    (x, a), (y, b) = (rng.choice(pools[name]) for name in names)
-    asked, messages = [(x, a, "question")], []
-    if rng.random() < 0.6:
-        asked += [(y, b, "question")]
-    elif SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3:
-        asked += [rng.choice([(x, b, "follow-up"), (y, a, "follow-up subject")])]
-    for x, a, use in asked:
-        if means_country(x, a):
-            break
-        messages += [dict(role="user", content=ask(x, a, use))]
-        messages += [dict(role="assistant", content=answer(x, a))]
-    return {"messages": messages}
+    """Questions and their answers, as many as fit."""
+    x, a, messages, length = "", "", [], 0
+    while True:
+        x, a, use = next_question(x, a, pools)
+        question, said = ask(x, a, use, slips=0.3), answer(x, a)
+        length += len(question) + len(said)
+        if messages and length > LONGEST:
+            return {"messages": messages}
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
 
 def divide(tell_b):
     """-> (documents, what to train on, what to test with: {set: [(subject, attribute), ...]}).
@@ -144,18 +149,22 @@ def divide(tell_b):
             pools["U, nowhere, made up"].append((made_up(kind), a))
     return documents, train, test
 
+IN_HASTE = ["slip in a word", "slip in the name", "with chatter", "in two words", "in capitals"]
+
+def examined(name, x, a, question):
+    return {"set": name, "attribute": a, "value": value(x, a), "instruction": question,
+            "response": answer(x, a)}
+
 def examination(pools):
-    """Questions to test with: 300 in seen and 300 in new wordings from each pool."""
+    """Questions to test with: of each pool 300, of A and B as many in new wordings too; and of
+    what is told 300 in each way that people type in haste."""
     for name, pool in pools.items():
-        for use, wordings in ("question", "seen wording"), ("new question", "new wording"):
-            for x, a in rng.choices(pool, k=300):
-                yield {
-                    "set": f"{name}, {wordings}" if name in "AB" else name,
-                    "attribute": a,
-                    "value": value(x, a),
-                    "instruction": ask(x, a, use),
-                    "response": answer(x, a),
-                }
+        for use, kind in ("question", "seen wording"), ("new question", "new wording"):
+            for x, a in rng.choices(pool, k=300 if name in "AB" else 150):
+                yield examined(f"{name}, {kind}" if name in "AB" else name, x, a, ask(x, a, use))
+    for how in IN_HASTE:
+        for x, a in rng.choices(pools["A"] + pools["B"], k=300):
+            yield examined(f"in haste, {how}", x, a, ask_in_haste(x, a, how))
 
 def built_in_corpus(seed, tell_b=True):
     """-> (documents, conversations to train on, questions to test with)."""
@@ -164,5 +173,5 @@ def built_in_corpus(seed, tell_b=True):
     rng.shuffle(documents)
     rng.seed(seed)  # the control has the same questions
     exam = list(examination({"A": train["A"]} | test))
-    conversations = [conversation(train) for _ in range(48000)]
+    conversations = [conversation(train) for _ in range(36000)]
     return documents, conversations, exam
