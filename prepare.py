@@ -31,8 +31,13 @@ FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges a
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 LETTERS = rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}|(?:[^\W\d_]|[{MARK}]){{1,255}}"
-WORD = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?(?:{LETTERS})|\d{{1,3}}"
-                  r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
+WORD = re.compile(
+    r"'(?:[sdmt]|ll|ve|re)"  # it['s]
+    rf"|[^\r\n\w]?(?:{LETTERS})"  # a word and the space or the sign before it
+    r"|\d{1,3}"  # [123][45]
+    r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}"  # signs, and the line's end after them
+    r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}"  # space, but the last one goes with a word
+)
 
 def train_bpe(words, vocab_size):
     """{word: how often it is there} -> merges, pairs of ids: train_bpe({"aa": 2}, 260) is
@@ -42,41 +47,34 @@ def train_bpe(words, vocab_size):
             find the pair that is there most often, of equals the smallest; if only once, stop
             let a new id stand for it in all words
 
-    Here the pairs are counted once, and after that only in the words that a merge changes."""
+    Here a pair is only counted when it may be the most frequent: in a queue, each stands with a
+    number that its count cannot exceed, for counts only sink."""
     unmerged = Tokenizer([])
     uses = Counter()  # of each word, in which chr(id) stands for an id
-    counts, where = Counter(), defaultdict(set)  # of each pair: how often, in which words
-    # (-count, pair), so that the first is the most frequent. A count only sinks once all words
-    # are changed, so what stands here is never too low: when its turn comes it is put right.
-    queue = []
+    where = defaultdict(set)  # pair -> words with it, also such as have changed since
+    queue = []  # (-number, pair), so that the first is the most frequent
 
     def add(word, n):
         uses[word] += n
         for pair in itertools.pairwise(word):
-            if pair not in counts:
+            if pair not in where:
                 heapq.heappush(queue, (-np.inf, pair))
-            counts[pair] += n
             where[pair].add(word)
-
-    def remove(word):
-        n = uses.pop(word)
-        for pair in itertools.pairwise(word):
-            counts[pair] -= n
-            where[pair].discard(word)
-        return n
 
     for word, n in words.items():
         add(unmerged.encode_word(word), n)
     merges = []
     while queue and FIRST_MERGE + len(merges) < vocab_size:
-        n, pair = heapq.heappop(queue)
-        if -n != counts[pair]:
-            heapq.heappush(queue, (-counts[pair], pair))
-        elif -n > 1:
+        minus_most, pair = heapq.heappop(queue)
+        affected = where[pair] & uses.keys()
+        n = sum(uses[word] * [*itertools.pairwise(word)].count(pair) for word in affected)
+        if n < -minus_most:
+            heapq.heappush(queue, (-n, pair))
+        elif n > 1:
             new = FIRST_MERGE + len(merges)
             merges.append(tuple(map(ord, pair)))
-            for word in [*where[pair]]:
-                add(word.replace("".join(pair), chr(new)), remove(word))
+            for word in affected:
+                add(word.replace("".join(pair), chr(new)), uses.pop(word))
             show_progress(f"tokenizer: {new} of {vocab_size} tokens")
     return merges
 
@@ -126,30 +124,34 @@ class Tokenizer:
     def load(cls, path, text=None):
         """The reverse of to_json: of a file, of a checkpoint, or of the text that stands in one."""
         try:
-            if text is None and str(path).endswith(".npz"):
-                with np.load(path, allow_pickle=False) as checkpoint:
-                    text = json.loads(str(checkpoint["about"]))["tokenizer"]
             if text is None:
-                text = Path(path).read_text("utf-8", "replace")
+                text = tokenizer_in(path)
             return cls([(a, b) for a, b, _ in json.loads(text)["merges"]])
         except OSError:
             raise
         except Exception:  # anything can be in a file
             raise InputError(f"{path}: not a tokenizer; run prepare.py again") from None
 
+def tokenizer_in(path):
+    """The JSON of a tokenizer: of tokenizer.json, or of a checkpoint, which has it too."""
+    if not str(path).endswith(".npz"):
+        return Path(path).read_text("utf-8", "replace")
+    with np.load(path) as checkpoint:
+        return json.loads(str(checkpoint["about"]))["tokenizer"]
+
 # ---------------------------------------------------------------- reading files
 PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
-PLAIN_TEXT = "pandoc -t plain {0} | python prepare.py -"
 # How a file begins that is no text (a byte that is not UTF-8 as U+FFFD), what it is, and how to get
 # the text out of it.
 NOT_TEXT = [
     ("%PDF", "a PDF", "pdftotext {0} - | python prepare.py -"),
     (r"\{\\rtf", "RTF", "pandoc -f rtf -t plain {0} | python prepare.py -"),
     (r"(\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(!doctype\s+html|html|head|body)\b", "HTML",
-     PLAIN_TEXT),
-    ("PK\3\4", "a zip archive, as .docx and .epub are", PLAIN_TEXT + ", or unzip it"),
+     "pandoc -t plain {0} | python prepare.py -"),
+    ("PK\3\4", "a zip archive, as .docx and .epub are",
+     "pandoc -t plain {0} | python prepare.py -, or unzip it"),
     ("PAR1", "parquet", "import pandas; pandas.read_parquet('{0}').to_json('text.jsonl',"
-                          " orient='records', lines=True)"),
+     " orient='records', lines=True)"),
     ("\ufffd7zXZ", "packed by xz", "xzcat {0} | python prepare.py -"),
     (r"\(\ufffd/\ufffd", "packed by zstd", "zstdcat {0} | python prepare.py -"),
 ]
@@ -253,17 +255,15 @@ def is_text(path):
         return False
     if path.suffix:
         return TEXT_NAME.fullmatch(path.name)
-    with suppress(OSError), open(path, "rb") as file:
-        return JSON_BEGINS.match(file.read(999).decode("utf-8", "replace"))
+    with suppress(OSError), open(path, errors="replace") as file:
+        return JSON_BEGINS.match(file.read(999))
 
 def files_of(folder):
     """A folder -> its text files, but hidden ones and virtual environments; others are counted."""
-    inside = sorted(folder.glob("*"))
+    inside = sorted(folder.glob("[!.]*"))
     if folder / "pyvenv.cfg" in inside:
         return
     for path in inside:
-        if path.name.startswith("."):
-            continue
         if path.is_dir() and not path.is_symlink():
             yield from files_of(path)
         elif is_text(path):
@@ -279,7 +279,8 @@ def files_in(paths):
             real = re.sub(r"\.(gz|bz2)$", "", os.path.realpath(file))
             if real in found:
                 count("file(s) that are there twice", file)
-            found.setdefault(real, file)
+            else:
+                found[real] = file
     if not found:
         raise InputError(f"{paths[0]}: a folder without text files (.txt, .md, .rst, .json,"
                          f" .jsonl); to have others read, give them: {paths[0]}/*")
@@ -304,7 +305,7 @@ def texts_of(path):
     first = next((line for line, _ in ahead if line.strip()), "")
     if JSON_BEGINS.match(first):
         return ((text_of(record, source), source) for record, source in read_json(lines))
-    if path.lower().endswith((".csv", ".tsv", ".json", ".jsonl")):
+    if re.search(r"\.(csv|tsv|jsonl?)$", path, re.I):
         say(f"{path}: not JSON, so it is read as it stands, with its quotes and commas")
     return lines
 
@@ -429,10 +430,11 @@ class Settings:
 
 def write_questions(path, rows):
     """Those of the built-in text, which go with it; but the user's own are left alone."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    if not all(line.startswith(b'{"built_in"') for line in lines):
-        return say(f"{path}: not made by prepare.py, so it stays as it is")
-    path.unlink(missing_ok=True)
+    if path.exists():
+        lines = path.read_bytes().splitlines()
+        if not all(line.startswith(b'{"built_in"') for line in lines):
+            return say(f"{path}: not made by prepare.py, so it stays as it is")
+        path.unlink()
     if rows:
         with whole_file(path) as file:
             for row in rows:
@@ -554,8 +556,8 @@ def report():
     if left_out:
         say(f"left out: {list_of()}")
     if not_used:
-        fields = (f"{name}, {n} record(s)" for name, n in not_used.most_common())
-        say(f"not used: {printable('; '.join(fields))}")
+        names = (f"{name}, {n} record(s)" for name, n in not_used.most_common())
+        say(f"not used: {printable('; '.join(names))}")
     left_out.clear()
     not_used.clear()
 
