@@ -289,12 +289,11 @@ def files_in(paths):
 
 def text_of(record, source):
     """A record of JSON -> the document that it is or has as "text", and the mark of its end."""
-    match record:
-        case str(text):
-            return text + "<|endoftext|>"
-        case {"text": str(text), **others}:
-            not_used.update([*others])
-            return text + "<|endoftext|>"
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        not_used.update(record.keys() - {"text"})
+        record = record["text"]
+    if isinstance(record, str):
+        return record + "<|endoftext|>"
     count('JSON record(s) without a "text", which sft.py may take', source)
     return ""
 
