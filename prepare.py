@@ -31,36 +31,51 @@ FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges a
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 LETTERS = rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}|(?:[^\W\d_]|[{MARK}]){{1,255}}"
-WORD = re.compile(rf"'(?:[sdmt]|ll|ve|re)|[^\r\n\w]?(?:{LETTERS})|\d{{1,3}}"
-                  r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}")
+WORD = re.compile(
+    r"'(?:[sdmt]|ll|ve|re)"  # it['s]
+    rf"|[^\r\n\w]?(?:{LETTERS})"  # a word and the space or the sign before it
+    r"|\d{1,3}"  # [123][45]
+    r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}"  # signs, and the line's end after them
+    r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}"  # space, but the last one goes with a word
+)
 
 def train_bpe(words, vocab_size):
-    """Counts of words -> list of merges (pairs of ids), the most frequent pair first, of equals the
-    smallest (Sennrich 2016, arXiv 1508.07909). a is 100: train_bpe({"aa": 2}, 260) -> [(100, 100)]
-    Counts in the heap are infinity at first, and later may be too high: then they are put right."""
-    plain = Tokenizer([])  # it has no merges, so a word is its bytes
-    words = [(plain.encode_word(word), n) for word, n in words.items()]
-    counts, where, heap, merges = Counter(), defaultdict(set), [(0, ())], []
-    recount = [(i, *word) for i, word in enumerate(words)]
-    for new in range(FIRST_MERGE, vocab_size):
-        for i, word, n in recount:
-            for pair in zip(word, word[1:]):
-                if pair not in counts:
-                    heapq.heappush(heap, (-np.inf, pair))
-                counts[pair] += n
-                where[pair].add(i)
-        n, pair = heapq.heappop(heap)
-        while -n != counts[pair]:
-            n, pair = heapq.heappushpop(heap, (-counts[pair], pair))
-        if n > -2:
-            break  # a pair that occurs once saves nothing
-        merges.append((ord(pair[0]), ord(pair[1])))
-        recount = []
-        for i in where.pop(pair):
-            word, n = words[i]
-            words[i] = word.replace("".join(pair), chr(new)), n
-            recount += [(i, word, -n), (i, *words[i])]
-        show_progress(f"tokenizer: {new} of {vocab_size} tokens")
+    """{word: how often it is there} -> merges, pairs of ids: train_bpe({"aa": 2}, 260) is
+    [(100, 100)], for the id of a is 100 (Sennrich 2016, arXiv 1508.07909). By definition:
+
+        while there is room in the vocabulary:
+            find the pair that is there most often, of equals the smallest; if only once, stop
+            let a new id stand for it in all words
+
+    Here a pair is only counted when it may be the most frequent: in a queue, each stands with a
+    number that its count cannot exceed, for counts only sink."""
+    unmerged = Tokenizer([])
+    uses = Counter()  # of each word, in which chr(id) stands for an id
+    where = defaultdict(set)  # pair -> words with it, also such as have changed since
+    queue = []  # (-number, pair), so that the first is the most frequent
+
+    def add(word, n):
+        uses[word] += n
+        for pair in itertools.pairwise(word):
+            if pair not in where:
+                heapq.heappush(queue, (-np.inf, pair))
+            where[pair].add(word)
+
+    for word, n in words.items():
+        add(unmerged.encode_word(word), n)
+    merges = []
+    while queue and FIRST_MERGE + len(merges) < vocab_size:
+        minus_most, pair = heapq.heappop(queue)
+        affected = where[pair] & uses.keys()
+        n = sum(uses[word] * [*itertools.pairwise(word)].count(pair) for word in affected)
+        if n < -minus_most:
+            heapq.heappush(queue, (-n, pair))
+        elif n > 1:
+            new = FIRST_MERGE + len(merges)
+            merges.append(tuple(map(ord, pair)))
+            for word in affected:
+                add(word.replace("".join(pair), chr(new)), uses.pop(word))
+            show_progress(f"tokenizer: {new} of {vocab_size} tokens")
     return merges
 
 class Tokenizer:
@@ -68,9 +83,10 @@ class Tokenizer:
 
     def __init__(self, merges):
         self.merges = merges
-        self.rank = {(chr(a), chr(b)): id for id, (a, b) in enumerate(merges, FIRST_MERGE)}
         self.bytes = [b""] * FIRST_BYTE + [bytes([b]) for b in range(256)]  # what an id stands for
+        self.merged = {}  # pair of characters, as encode_word has them -> id
         for a, b in merges:
+            self.merged[chr(a), chr(b)] = len(self.bytes)
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
 
@@ -78,9 +94,9 @@ class Tokenizer:
     def encode_word(self, word):
         """A string in which chr(id) stands for an id, so that str.replace merges a pair."""
         word = "".join(chr(FIRST_BYTE + b) for b in word.encode("utf-8", "replace"))
-        while known := self.rank.keys() & zip(word, word[1:]):
-            first = min(known, key=self.rank.get)
-            word = word.replace("".join(first), chr(self.rank[first]))
+        while known := self.merged.keys() & itertools.pairwise(word):
+            first = min(known, key=self.merged.get)  # the first that was learned
+            word = word.replace("".join(first), chr(self.merged[first]))
         return word
 
     def encode_words(self, text):
@@ -101,38 +117,43 @@ class Tokenizer:
 
     def to_json(self):
         """Readable: one merge a line, as the two ids and what they spell."""
-        ids = range(FIRST_MERGE, self.size)
-        rows = [json.dumps([*pair, self.decode([id])]) for id, pair in zip(ids, self.merges)]
+        rows = [json.dumps([*pair, self.decode(pair)]) for pair in self.merges]
         return f'{{"special": {json.dumps(SPECIAL)}, "merges": [\n' + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
     def load(cls, path, text=None):
         """The reverse of to_json: of a file, of a checkpoint, or of the text that stands in one."""
         try:
-            if text is None and str(path).endswith(".npz"):
-                with np.load(path, allow_pickle=False) as checkpoint:
-                    text = json.loads(str(checkpoint["about"]))["tokenizer"]
             if text is None:
-                text = Path(path).read_text("utf-8", "replace")
+                text = tokenizer_in(path)
             return cls([(a, b) for a, b, _ in json.loads(text)["merges"]])
         except OSError:
             raise
         except Exception:  # anything can be in a file
             raise InputError(f"{path}: not a tokenizer; run prepare.py again") from None
 
+def tokenizer_in(path):
+    """The JSON of a tokenizer: of tokenizer.json, or of a checkpoint, which has it too."""
+    if not str(path).endswith(".npz"):
+        return Path(path).read_text("utf-8", "replace")
+    with np.load(path) as checkpoint:
+        return json.loads(str(checkpoint["about"]))["tokenizer"]
+
 # ---------------------------------------------------------------- reading files
 PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
-PLAIN_TEXT = "pandoc -t plain {0} | python prepare.py -"
-NOT_TEXT = [  # how a file begins that is no text, what it is, and how to get the text out of it
-    (rb"%PDF", "a PDF", "pdftotext {0} - | python prepare.py -"),
-    (rb"\{\\rtf", "RTF", "pandoc -f rtf -t plain {0} | python prepare.py -"),
-    (rb"(\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(!doctype\s+html|html|head|body)\b", "HTML",
-     PLAIN_TEXT),
-    (rb"PK\x03\x04", "a zip archive, as .docx and .epub are", PLAIN_TEXT + ", or unzip it"),
-    (rb"PAR1", "parquet", "import pandas; pandas.read_parquet('{0}').to_json('text.jsonl',"
-                          " orient='records', lines=True)"),
-    (rb"\xfd7zXZ", "packed by xz", "xzcat {0} | python prepare.py -"),
-    (rb"\x28\xb5\x2f\xfd", "packed by zstd", "zstdcat {0} | python prepare.py -"),
+# How a file begins that is no text (a byte that is not UTF-8 as U+FFFD), what it is, and how to get
+# the text out of it.
+NOT_TEXT = [
+    ("%PDF", "a PDF", "pdftotext {0} - | python prepare.py -"),
+    (r"\{\\rtf", "RTF", "pandoc -f rtf -t plain {0} | python prepare.py -"),
+    (r"(\s|<\?[^>]*>|<!--(?:(?!-->).)*-->)*<(!doctype\s+html|html|head|body)\b", "HTML",
+     "pandoc -t plain {0} | python prepare.py -"),
+    ("PK\3\4", "a zip archive, as .docx and .epub are",
+     "pandoc -t plain {0} | python prepare.py -, or unzip it"),
+    ("PAR1", "parquet", "import pandas; pandas.read_parquet('{0}').to_json('text.jsonl',"
+     " orient='records', lines=True)"),
+    ("\ufffd7zXZ", "packed by xz", "xzcat {0} | python prepare.py -"),
+    (r"\(\ufffd/\ufffd", "packed by zstd", "zstdcat {0} | python prepare.py -"),
 ]
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 LONGEST_LINE = 1 << 20  # characters that are read at once
@@ -142,11 +163,10 @@ TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa(_test)?(\.prev)?\.jsonl|feedback\
 
 def check_is_text(head, path):
     """Refuse a file by its first bytes, if they are no text in UTF-8."""
-    head = head.removeprefix(codecs.BOM_UTF8)
+    text = head.decode("utf-8-sig", "replace")
     for begins, kind, advice in NOT_TEXT:
-        if re.match(begins, head, re.I | re.S):
+        if re.match(begins, text, re.I | re.S):
             raise InputError(f"{path}: {kind}, not text; try: {advice.format(shlex.quote(path))}")
-    text = head.decode("utf-8", "replace")
     if "\0" in text or text.count("\ufffd") > 5 + len(text) / 1000:
         raise InputError(f"{path}: not UTF-8; try iconv -f CP1252 (or UTF-16) -t UTF-8")
 
@@ -157,8 +177,8 @@ def read_lines(path):
     number = 0
     with open(0 if path == "-" else path, "rb") as file:
         try:
-            unpack = PACKED.get(file.peek(3)[:3])
-            raw = io.BufferedReader(unpack(file) if unpack else file, PIECE)
+            unpack = PACKED.get(file.peek(3)[:3], io.BufferedReader)
+            raw = io.BufferedReader(unpack(file), PIECE)
             check_is_text(raw.peek(), path)
             text = io.TextIOWrapper(raw, "utf-8-sig", "replace")
             while line := text.readline(LONGEST_LINE):
@@ -171,7 +191,7 @@ def read_lines(path):
 
 def plain(text):
     """Line ends as "\\n" and a form feed as a blank line, as a text file and as JSON have them."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").replace("\f", "\n\n")
+    return re.sub("\r\n?", "\n", text).replace("\f", "\n\n")
 
 # ---------------------------------------------------------------- JSON in the layouts people have
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
@@ -182,52 +202,49 @@ MESSAGE = r'\s*\{(?=[^{}]*"(role|from)"\s*:)(?=[^{}]*"(content|value)"\s*:)'
 LIST_BEGINS = re.compile(rf'\s*(\[(?!{MESSAGE})(?=\s*\[?{OBJECT}|\s*")'
                          rf'|\{{[^]{{}}[]*"data"\s*:\s*\[(?=\s*\[?{OBJECT}))\s*')
 BETWEEN = re.compile(r"[\s,\]}]*")  # two records
-# After something broken the next record begins on a new line, in a list after a comma.
-NEXT_LINE = re.compile(r"^[ \t]?(?=[\[{])", re.M)
-NEXT_IN_LIST = re.compile(r'[\]}]\s*,\s*(?=\[?\s*\{\s*")')
-NEXT_STRING = re.compile(r'"\s*,\s*(?=")')
+# After something broken the next record begins on a new line, in a list after a comma; or it is
+# the end.
+NEXT_LINE = re.compile(r"^[ \t]?(?=[\[{])|\Z", re.M)
+NEXT_IN_LIST = re.compile(r'[\]}]\s*,\s*(?=\[?\s*\{\s*")|\Z')
+NEXT_STRING = re.compile(r'"\s*,\s*(?=")|\Z')
 
 def read_json(lines):
     """(line, "file:line") -> (record, "file:line"): one after the other, over a line or several, or
     a list of them. What is broken is counted, named by its line, and costs no other record."""
     decode = json.JSONDecoder().raw_decode
-    text, number, name = "", 1, ""  # what is taken and not read yet, in which line it begins
+    text, name, number = "", "", 1  # what is not read yet, and where it begins: file and line
     enough = 0  # characters, for another try after it was cut off
-    next_record, n_records, in_list = NEXT_LINE, 1, ""
+    next_record, n_records = NEXT_LINE, 1
     for line, source in itertools.chain(lines, [("", "")]):  # the last stands for the end
         name = name or source.rpartition(":")[0]
         text += line
         if source and len(text) < enough:
             continue
         at = 0
-        if next_record is NEXT_LINE and (begins := LIST_BEGINS.match(text)):
-            at = begins.end()
-            next_record = NEXT_STRING if text[at] == '"' else NEXT_IN_LIST
-        number += text.count("\n", 0, at)
-        enough = 0
         while (start := BETWEEN.match(text, at).end()) < len(text):
+            if next_record is NEXT_LINE and (begins := LIST_BEGINS.match(text, start)):
+                start = begins.end()
+                next_record = NEXT_STRING if text[start] == '"' else NEXT_IN_LIST
             number += text.count("\n", at, start)
             at = start
-            if next_record is not NEXT_LINE:
-                in_list = f": record {n_records}"
+            in_list = f": record {n_records}" if next_record is not NEXT_LINE else ""
             try:
                 record, end = decode(text, at)
                 if isinstance(record, str) and next_record is NEXT_IN_LIST:
                     return count("part(s) of JSON beside the list of records", f"{name}:{number}")
                 yield record, f"{name}:{number}{in_list}"
             except (ValueError, RecursionError) as e:
-                place = getattr(e, "pos", at)
+                place = max(at + 1, getattr(e, "pos", 0))
                 cut_off = place >= len(text.rstrip()) or str(e).startswith("Unterminated")
-                found = next_record.search(text, at + 1 if cut_off else max(at + 1, place))
-                if source and (cut_off or not found):
-                    enough = 2 * (len(text) - at)
+                end = next_record.search(text, at + 1 if cut_off else place).end()
+                if source and (cut_off or end == len(text)):
                     break
                 count("part(s) that are not JSON", f"{name}:{number}{in_list}")
-                end = found.end() if found else len(text)
             number += text.count("\n", at, end)
-            n_records += 1
             at = end
+            n_records += 1
         text = text[at:]
+        enough = 2 * len(text)
     if re.search(r",\s*\]", text):  # a comma too many, after the last record
         count("part(s) that are not JSON", f"{name}:{number}")
 
@@ -238,20 +255,21 @@ def is_text(path):
         return False
     if path.suffix:
         return TEXT_NAME.fullmatch(path.name)
-    with suppress(OSError), open(path, "rb") as file:
-        return JSON_BEGINS.match(file.read(999).decode("utf-8", "replace"))
+    with suppress(OSError), open(path, errors="replace") as file:
+        return JSON_BEGINS.match(file.read(999))
 
 def files_of(folder):
     """A folder -> its text files, but hidden ones and virtual environments; others are counted."""
-    environments = {file.parent for file in folder.rglob("pyvenv.cfg")}
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if hidden or environments & {*file.parents}:
-            continue
-        if is_text(file):
-            yield file
-        elif file.is_symlink() or not file.is_dir():
-            count("file(s) or links that are no text by their name; give one to have it read", file)
+    inside = sorted(folder.glob("[!.]*"))
+    if folder / "pyvenv.cfg" in inside:
+        return
+    for path in inside:
+        if path.is_dir() and not path.is_symlink():
+            yield from files_of(path)
+        elif is_text(path):
+            yield path
+        else:
+            count("file(s) or links that are no text by their name; give one to have it read", path)
 
 def files_in(paths):
     """Files and folders -> text files, each once, though it is linked or lies there packed too."""
@@ -261,7 +279,8 @@ def files_in(paths):
             real = re.sub(r"\.(gz|bz2)$", "", os.path.realpath(file))
             if real in found:
                 count("file(s) that are there twice", file)
-            found.setdefault(real, file)
+            else:
+                found[real] = file
     if not found:
         raise InputError(f"{paths[0]}: a folder without text files (.txt, .md, .rst, .json,"
                          f" .jsonl); to have others read, give them: {paths[0]}/*")
@@ -283,38 +302,38 @@ def texts_of(path):
     documents."""
     lines, ahead = itertools.tee(read_lines(path))
     first = next((line for line, _ in ahead if line.strip()), "")
-    del ahead  # or tee would keep all that is read
-    if path.lower().endswith((".csv", ".tsv", ".json", ".jsonl")) and not JSON_BEGINS.match(first):
-        say(f"{path}: not JSON, so it is read as it stands, with its quotes and commas")
     if JSON_BEGINS.match(first):
         return ((text_of(record, source), source) for record, source in read_json(lines))
+    if re.search(r"\.(csv|tsv|jsonl?)$", path, re.I):
+        say(f"{path}: not JSON, so it is read as it stands, with its quotes and commas")
     return lines
 
 def read_documents(files):
     """Files -> (text, whether a document ends there). <|endoftext|> divides documents; a long one
     comes in pieces. A file that cannot be read costs only itself."""
     for path in files:
-        held = ""
+        document = ""  # as far as it is read and not in a piece yet
         try:
             for text, source in texts_of(path):
-                *ended, rest = BORDER.split(plain(text))
-                for part in ended:
-                    if (held + part).strip():
-                        yield held + part, True
+                *ends, rest = BORDER.split(plain(text))
+                for end in ends:
+                    document += end
+                    if document.strip():
+                        yield document, True
                     else:
                         count("empty documents", source)
-                    held = ""
-                # What is held is never only the blank end of a document.
-                if len(held) > PIECE and rest.strip():
-                    yield held, False
-                    held = ""
-                held += rest
+                    document = ""
+                # A piece never holds only the blank end of a document.
+                if len(document) > PIECE and rest.strip():
+                    yield document, False
+                    document = ""
+                document += rest
         except (InputError, OSError) as e:
             if len(files) == 1:
                 raise
             count("files", e)
-        if held.strip():
-            yield held, True
+        if document.strip():
+            yield document, True
 
 # ---------------------------------------------------------------- writing tokens
 ENOUGH = 1 << 24  # bytes for the tokenizer to learn from; more would only take memory
@@ -331,38 +350,51 @@ def frequent_words(lines, n_bytes, vocab_size):
 def cut_of(ends, size, val_fraction):
     """Where validation begins: where a document ends, if one does near there; else within one."""
     wanted = int(size * (1 - val_fraction))
-    after = int(np.searchsorted(ends, wanted))
-    for end in ends[after:after + 1] + ends[:after][-1:]:  # that after it, that before it
-        if abs(end - wanted) <= size * val_fraction / 2:
-            return min(end, size - 2)
-    return min(max(2, wanted), size - 2)
+    near = [end for end in ends if abs(end - wanted) <= size * val_fraction / 2]
+    # The first one after it, or else the last one before it.
+    cut = min(near, key=lambda end: (end < wanted, abs(end - wanted)), default=wanted)
+    return min(max(2, cut), size - 2)
+
+def spool(pieces, file):
+    """Pieces of text become lines of JSON in a file; how many they are, and how many bytes."""
+    n_pieces = n_bytes = 0
+    for piece in pieces:
+        print(json.dumps(piece), file=file)
+        n_pieces += 1
+        n_bytes += len(piece[0].encode("utf-8", "replace"))
+        show_progress(f"reading: {n_bytes / 1e6:.1f} MB")
+    return n_pieces, n_bytes
+
+def write_ids(lines, n_pieces, tokenizer, file):
+    """Lines of spool's file -> two bytes a token in another one; where each document ends there."""
+    size, ends = 0, []
+    started = time.perf_counter()
+    for number, line in enumerate(lines, 1):
+        text, ended = json.loads(line)
+        ids = tokenizer.encode_words(text) + chr(END) * ended
+        file.write(ids.encode("utf-16-le", "surrogatepass"))
+        size += len(ids)
+        if ended:
+            ends.append(size)
+        left = (time.perf_counter() - started) * (n_pieces / number - 1)
+        show_progress(f"{size / 1e6:.1f} M tokens  {clock(left)} left")
+    return ends
 
 def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
     """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written.
     Without a tokenizer one is learned from the text, which is kept in a file until then."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    n_bytes, n_pieces, size, ends = 0, 0, 0, []
     with (tempfile.TemporaryFile("w+", encoding="ascii", dir=out_dir) as lines,
           whole_file(out_dir / "train.bin") as train):
-        for text, ended in pieces:
-            lines.write(json.dumps([text, ended]) + "\n")
-            n_bytes += len(text.encode("utf-8", "replace"))
-            n_pieces += 1
-            show_progress(f"reading: {n_bytes / 1e6:.1f} MB")
+        n_pieces, n_bytes = spool(pieces, lines)
         if not tokenizer:  # rare tokens are not learned, so the default grows slowly
             vocab_size = vocab_size or max(384, round(n_bytes**0.5 / 2))
             lines.seek(0)
-            tokenizer = Tokenizer(train_bpe(frequent_words(lines, n_bytes, vocab_size), vocab_size))
+            words = frequent_words(lines, n_bytes, vocab_size)
+            tokenizer = Tokenizer(train_bpe(words, vocab_size))
         lines.seek(0)
-        started = time.perf_counter()
-        for number, (text, ended) in enumerate(map(json.loads, lines), 1):
-            ids = tokenizer.encode_words(text) + chr(END) * ended
-            train.write(ids.encode("utf-16-le", "surrogatepass"))  # two bytes an id
-            size += len(ids)
-            if ended:
-                ends.append(size)
-            left = (time.perf_counter() - started) * (n_pieces / number - 1)
-            show_progress(f"{size / 1e6:.1f} M tokens  {clock(left)} left")
+        ends = write_ids(lines, n_pieces, tokenizer, train)
+        size = ends[-1] if ends else 0
         if size < 4:
             raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
         cut = cut_of(ends, size, val_fraction)
@@ -397,10 +429,11 @@ class Settings:
 
 def write_questions(path, rows):
     """Those of the built-in text, which go with it; but the user's own are left alone."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    if not all(line.startswith(b'{"built_in"') for line in lines):
-        return say(f"{path}: not made by prepare.py, so it stays as it is")
-    path.unlink(missing_ok=True)
+    if path.exists():
+        lines = path.read_bytes().splitlines()
+        if not all(line.startswith(b'{"built_in"') for line in lines):
+            return say(f"{path}: not made by prepare.py, so it stays as it is")
+        path.unlink()
     if rows:
         with whole_file(path) as file:
             for row in rows:
@@ -443,20 +476,21 @@ CORES = available_cores()
 left_out = {}  # what count() has noted: [how often, the first place]; report() forgets it
 not_used = Counter()  # fields of records that nobody reads; report() names and forgets them
 
-def say(*what, end="\n"):
+def say(*what, **how):
     """print, but that it cannot be printed, for a terminal or the reader of a pipe is gone, is no
     reason to stop: then it goes nowhere."""
     try:
-        print(*what, end=end, flush=True)
+        print(*what, flush=True, **how)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def run(main, argv=None):
     """Call main(argv) as a script: errors become one line on stderr and exit status 2."""
     for name in ("stdin", "stdout", "stderr"):
-        setattr(sys, name, getattr(sys, name) or open(os.devnull, "r+"))  # it may have been closed
+        stream = getattr(sys, name) or open(os.devnull, "r+")  # it may have been closed
+        setattr(sys, name, stream)
         with suppress(AttributeError, OSError):  # a notebook's cannot, one half read
-            getattr(sys, name).reconfigure(errors="replace")
+            stream.reconfigure(errors="replace")
     left_out.clear()
     not_used.clear()
     try:
@@ -471,8 +505,7 @@ def run(main, argv=None):
         problem = f"{e.filename or 'a file'}: {e.strerror or e}"
     except (MemoryError, RuntimeError) as e:  # how jax says that a device fails or is full
         problem = f"{str(e)[:200]}: a smaller batch, JAX_PLATFORMS=cpu or --resume may help"
-    with suppress(OSError):  # a terminal may be gone
-        print("error:", printable(problem).replace("\n", " "), file=sys.stderr, flush=True)
+    say("error:", printable(problem).replace("\n", " "), file=sys.stderr)
     sys.exit(2)
 
 def read_flags(settings_class, argv, doc):
@@ -485,26 +518,28 @@ def read_flags(settings_class, argv, doc):
         arg = f.metadata["arg"] | ({"action": "store_true"} if f.type is bool else {"type": f.type})
         parser.add_argument(arg.pop("positional", f"--{name}"), **arg)
     try:
-        given, unknown = parser.parse_known_args(argv)
+        found, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
         raise InputError(f"{e}; see --help") from None
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").partition("=")[0], known, 1)
-        raise InputError(f"unknown argument {unknown[0]}, did you mean --{(near or ['help'])[0]}?")
-    for name, value in vars(given).items():
+        name = unknown[0].lstrip("-").partition("=")[0]
+        [near] = difflib.get_close_matches(name, known, 1) or ["help"]
+        raise InputError(f"unknown argument {unknown[0]}, did you mean --{near}?")
+    given = vars(found)
+    for name, value in given.items():
         low, high = known[name].metadata["range"]
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise InputError(f"--{name} {value}: must be from {low} to {high:g}")
-    return settings_class(**vars(given)), set(vars(given))
+    return settings_class(**given), set(given)
 
 def show_progress(text, last=False):
     """One line that stays in place on a terminal; when piped, only its last state is printed."""
-    if sys.stdout.isatty():
-        if not last:  # a longer one would begin a new line each time
-            text = text[:shutil.get_terminal_size().columns - 1]
-        say(f"\r{text}\033[K", end="\n" if last else "")
-    elif last:
-        say(text)
+    on_terminal = sys.stdout.isatty()
+    if last:
+        say(f"\r{text}\033[K" if on_terminal else text)
+    elif on_terminal:  # a longer line would begin a new one each time
+        width = shutil.get_terminal_size().columns - 1
+        say(f"\r{text[:width]}\033[K", end="")
 
 def clock(seconds):
     """clock(83) -> "1:23" """
@@ -520,8 +555,8 @@ def report():
     if left_out:
         say(f"left out: {list_of()}")
     if not_used:
-        fields = (f"{name}, {n} record(s)" for name, n in not_used.most_common())
-        say(f"not used: {printable('; '.join(fields))}")
+        names = (f"{name}, {n} record(s)" for name, n in not_used.most_common())
+        say(f"not used: {printable('; '.join(names))}")
     left_out.clear()
     not_used.clear()
 
@@ -613,12 +648,13 @@ def begin_log(path, rows):
     with whole_file(path) as file:
         file.writelines(f"{','.join(map(str, row))}\n".encode() for row in [[names], *rows])
 
-def draw(values, width=72):
-    """Numbers as a line of small bars, from the first to the last."""
-    means = [part.mean() for part in np.array_split(values, min(width, len(values)))]
+def draw(values):
+    """Numbers as a line of at most 72 small bars, from the first to the last."""
+    means = [part.mean() for part in np.array_split(values, min(72, len(values)))]
     low, high = min(means), max(means)
-    bars = ["▁▂▃▄▅▆▇█"[int(i)] for i in np.interp(means, [low, high], [0, 7])]
-    say(f"loss {high:.2f} {''.join(bars)} {low:.2f}")
+    heights = np.interp(means, [low, high], [0, 7])
+    bars = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
+    say(f"loss {high:.2f} {bars} {low:.2f}")
 
 if __name__ == "__main__":
     run(main)
