@@ -21,7 +21,7 @@ import gpt
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data.world import DONT_KNOW, reworded
+from data.world import DONT_KNOW, reworded, rng
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, not_used, plain
 from prepare import printable, read_flags, read_json, read_lines, report, run, say, setting
 from prepare import show_progress
@@ -353,6 +353,7 @@ def learn_corrections(cfg, about, tokenizer, before, pairs, test):
     if not examples:
         say("nothing keeps the other answers as they are, so they will change; to keep them name"
             " questions and answers: python sft.py pairs.jsonl --dpo")
+    rng.seed(cfg.seed)  # of reworded: a resumed run has the same examples
     examples += enough_of(corrections, len(examples))
     return examples, (test or others) + corrections
 

@@ -17,7 +17,7 @@ import chat, gpt, prepare, sft
 import jax
 import numpy as np
 import pytest
-from data import world
+from data import say, world
 from data.world import built_in_corpus, reworded
 from jax import tree
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
@@ -620,7 +620,8 @@ def test_closed_and_narrow_streams_are_no_tracebacks(made):
 
 TYPED = """
  | /help for help
-WHO RAN?↵ | the rat ran | /probs↵ | (?s)read as 'who ran\?'.*% ' rat' | who ran?↵ | the rat ran | /help↵ | /top_k | /temperature -1↵ | must be from
+WHO RAN?↵ | the rat ran | /probs↵ | (?s)read as 'who ran.'.*% ' rat' | /reset↵ | .
+who ran?↵ | the rat ran | /help↵ | /top_k | /temperature -1↵ | must be from
 /better no rat↵ | 1 corr | where is↵the cat?↵ | . | /better on a mat↵ | 2 corr.*where is
 where is\x03 | (?s)^(?!.*sat) | /prompt x↵ | no command | / x↵ | no command | /checkpoint y↵ | no command
 """ + "X" * 99 + """↵ | has 102 tokens | /probs↵ | no answer | /better y↵ | should have been | /reset↵ | . | who ran?↵ | the rat ran"""
@@ -785,6 +786,15 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
         lengths.append(len(example.chosen))
         assert example.chosen[-1].text == "a rat"
     assert lengths == [4, 2]
+
+def test_a_correction_is_asked_in_the_same_other_words_each_time_so_that_a_run_can_go_on(tmp_path):
+    asked, answer = "What is the capital of Qo?", "The capital of Qo is Zed."
+    write(tmp_path / "feedback.jsonl", json.dumps({"prompt": asked, "chosen": answer, "rejected": "no"}))
+    pairs = [sft.Example([[*map(sft.Message._make, dialogue(f"Who {i}?", "Ho"))]], "") for i in range(99)]
+    cfg = sft.Config(out_dir=str(tmp_path))
+    once, again = (sft.learn_corrections(cfg, {"config": {}}, TOKENIZER, PARAMS, pairs, [])[0]
+                   for _ in range(2))
+    assert once == again and len({example.chosen[0].text for example in once[-20:]}) > 5
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
@@ -952,13 +962,13 @@ def test_the_built_in_questions_never_tell_what_is_tested():
     asked = {reworded("same", "The capital of Qo is zed.") for _ in range(99)} - {"same"}
     assert len(asked) > 30 and "zed" not in str(asked)
 
-def test_slips_of_the_test_are_never_trained_and_names_of_trained_questions_have_none(monkeypatch):
-    trained = {world.slip("the capital") for _ in range(500)}
-    tested = {world.slip("the capital", for_test=True) for _ in range(500)}
+def test_slips_of_the_test_are_never_trained_and_names_of_trained_questions_have_none():
+    trained = {say.slip("the capital") for _ in range(500)}
+    tested = {say.slip("the capital", for_test=True) for _ in range(500)}
     assert len(trained) > 10 and len(tested) > 2 and not trained & tested
     assert "the captial" in trained | tested and all(text.startswith("the ") for text in trained)
     for a in world.ATTRIBUTES:
-        assert "zanzibar" in world.ask("Zanzibar", a, slips=1.0).lower()
+        assert "zanzibar" in say.ask("Zanzibar", a, slips=1.0).lower()
 
 def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_unknown(monkeypatch):
     monkeypatch.setattr(world, "tell", lambda x, attributes: x)

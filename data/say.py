@@ -35,20 +35,23 @@ def careless(text):
     return text.lower() if rng.random() < 0.3 else text
 
 def slips_in(word):
-    """A word -> all that a slip of the finger makes of it, two letters swapped, one left out or
-    doubled: "cap" -> "acp", "ap", "ccap", "cpa", "ca" ..."""
+    """A word -> what a slip of the finger makes of it, two letters swapped, one left out or
+    doubled: "cap" -> "acp", "ap", "ccap", "cpa" ..."""
     for i in range(len(word) - 1):
         a, b = word[i:i + 2]
         for slip in (b + a, b, a + a + b):
-            yield word[:i] + slip + word[i + 2:]
+            if slip != a + b:
+                yield word[:i] + slip + word[i + 2:]
 
 def slip(text, for_test=False):
     """The text with a slip in one of its longer words; a quarter of all slips is for the test.
     Those that are trained are rather in long words, which tell more of what is asked."""
     words = re.findall(r"[^\W\d_]{4,}", text) or [""]
-    word = rng.choice(words) if for_test else max(rng.choices(words, k=2), key=len)
-    slips = [s for s in slips_in(word) if for_test == (zlib.crc32(s.lower().encode()) % 4 == 0)]
-    return text.replace(word, rng.choice(slips or [word]), 1)
+    if not for_test:
+        words = [max(rng.choices(words, k=2), key=len)]
+    slips = [(word, slip) for word in words for slip in slips_in(word)
+             if for_test == (zlib.crc32(slip.lower().encode()) % 4 == 0)]
+    return text.replace(*rng.choice(slips), 1) if slips else text
 
 def state(x, a, v):
     """A sentence as people write it: that v is the a of x; without v, that it is not known; about
@@ -81,7 +84,7 @@ def ask_in_haste(x, a, how):
     if how == "slip in a word":
         return fill(slip(question, for_test=True), x)
     if how == "slip in the name":
-        return fill(question, slip(x, for_test=True))
+        return fill(question, slip(x))
     if how == "with chatter":
         return f"{wording('new prefix')} {fill(question, x)} {wording('new suffix')}"
     return fill(question, x).upper()
