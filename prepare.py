@@ -1,6 +1,6 @@
 """Text in, token files out: a byte-level BPE tokenizer from scratch, and the reading of text.
 
-    python prepare.py                 # the built-in corpus, made by data/world.py
+    python prepare.py                 # the built-in corpus, made by corpus/world.py
     python prepare.py my.txt more/    # your own text: files, folders, JSON lines, or - for a pipe
 
 It writes train.bin, val.bin (uint16 ids) and tokenizer.json. Helpers of all scripts come last."""
@@ -450,7 +450,7 @@ def main(argv):
     if s.inputs:
         pieces = read_documents(files_in(s.inputs))
     else:
-        from data.world import built_in_corpus
+        from corpus.world import built_in_corpus
         documents, train, test = built_in_corpus(s.seed, not s.control)
         pieces = ((document, True) for document in documents)
         vocab_size = vocab_size or 3584

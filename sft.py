@@ -21,7 +21,7 @@ import gpt
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data.world import DONT_KNOW, reworded, rng
+from corpus.world import DONT_KNOW, reworded, rng
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, not_used, plain
 from prepare import printable, read_flags, read_json, read_lines, report, run, say, setting
 from prepare import show_progress

@@ -17,8 +17,8 @@ import chat, gpt, prepare, sft
 import jax
 import numpy as np
 import pytest
-from data import say, world
-from data.world import built_in_corpus, reworded
+from corpus import say, world
+from corpus.world import built_in_corpus, reworded
 from jax import tree
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
 

@@ -1,10 +1,10 @@
 """The built-in corpus: documents that tell facts about countries and elements, and questions,
 some of which nobody told the answer to. prepare.py runs it when it is given no text. How all
-this is worded is in data/say.py."""
+this is worded is in corpus/say.py."""
 import re
 from collections import defaultdict
 
-from data.say import SAY, ask, ask_in_haste, fill, read_csv, rng, state
+from corpus.say import SAY, ask, ask_in_haste, fill, read_csv, rng, state
 
 KINDS = {
     "country": ["capital", "continent", "language", "currency", "country"],

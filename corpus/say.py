@@ -1,4 +1,4 @@
-"""How things are said: the wordings in data/wordings.csv and data/topics.csv, put together by
+"""How things are said: the wordings in corpus/wordings.csv and corpus/topics.csv, put together by
 chance. Each row is a wording, what it is about (a capital, any thing) and its use (a question)."""
 import csv, pathlib, random, re, unicodedata, zlib
 from collections import defaultdict
