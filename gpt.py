@@ -56,15 +56,15 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(5000, "optimiser steps", low=1)
+    max_steps: int = setting(2700, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
-    learning_rate: float = setting(4e-3, "at its peak; then along a cosine to 5 % of it")
+    learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
     weight_decay: float = setting(0.6, "of matrices")  # much: the text is seen many times
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
     seed: int = setting(0, "of parameters, batches and dropout", high=2**32 - 1)
     # the run
-    eval_every: int = setting(250, "steps between validations, which also save; 0 means never")
+    eval_every: int = setting(500, "steps between validations, which also save; 0 means never")
     log_every: int = setting(10, "steps between rows of log.csv", low=1)
     data_dir: str = setting("data", "folder with train.bin, val.bin and tokenizer.json")
     out_dir: str = setting("out", "folder for checkpoints and log.csv")

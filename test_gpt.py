@@ -683,6 +683,13 @@ def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     assert runs[0]["settings"]["block_size"] == 96
     assert f"lowest validation {runs[0]['val_loss']:.3f} " in made
 
+def test_a_run_says_how_the_one_before_it_did(made):
+    train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=twice"
+    first, second = outcome(train), outcome(f"{train} --seed=1")
+    [lowest] = re.findall(r"lowest validation ([\d.]+) ", first)
+    assert "of the run before" not in first
+    assert f"; of the run before {lowest} ({Path('twice/log.prev.csv')})" in second
+
 @only_posix
 def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
     process = start(f"gpt {TINY} --max_steps=300 --eval_every=100 --out_dir=gone")
