@@ -369,7 +369,7 @@ class Config(gpt.Config):
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(16, "rows in a micro-batch [with --dpo: 24]", low=1)
     max_steps: int = setting(2500, "optimiser steps [with --dpo: 200]", low=1)
-    learning_rate: float = setting(2e-3, "at its peak; then along a cosine to 5 % [--dpo: 3e-4]")
+    learning_rate: float = setting(1.5e-3, "at its peak; then a cosine to 5 % of it [--dpo: 3e-4]")
 
 def make_if_missing(path, script):
     """Have script, a main, make or finish a default input; it is None for one that was named."""
@@ -426,7 +426,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
         data = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], data)
     held_out, rows = np.split(rows, [n_held])
     text = text_to_replay(cfg, about, tokenizer)
-    n_old = cfg.batch_size // 4 if len(text) else 0  # rows of it: arXiv 2503.21676
+    n_old = cfg.batch_size // 8 if len(text) else 0  # rows of it: arXiv 2503.21676
     n_new = cfg.batch_size - n_old
     seen = np.isin(np.arange(cfg.vocab_size), text)  # fixed, or names never asked fall behind
     loss = dpo_loss if before else gpt.loss

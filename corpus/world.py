@@ -103,7 +103,7 @@ def conversation(pools):
     x, a, messages, length = "", "", [], 0
     while True:
         x, a, use = next_question(x, a, pools)
-        question, said = ask(x, a, use, slips=0.25), answer(x, a)
+        question, said = ask(x, a, use, slips=0.3), answer(x, a)
         length += len(question) + len(said)
         if messages and length > LONGEST:
             return {"messages": messages}
