@@ -56,7 +56,7 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(2700, "optimiser steps", low=1)
+    max_steps: int = setting(3200, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
@@ -626,6 +626,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     if not cfg.resume:
         state = new_state(state["params"])
         about.update(step=0, seconds=0.0, log=[])
+        about.pop("best", None)  # of the base
     about.setdefault("best", [0, None, None])  # step, nats, bits a byte
     done = about["step"]
     if done >= cfg.max_steps and not cfg.minutes:

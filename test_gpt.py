@@ -682,6 +682,8 @@ def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     assert runs[0]["best_step"] == best_step and runs[0]["val_loss"] == np.nanmin(log[:, 2])
     assert runs[0]["settings"]["block_size"] == 96
     assert f"lowest validation {runs[0]['val_loss']:.3f} " in made
+    assert runs[1]["val_loss"] is None  # nothing was held out
+    assert runs[2]["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
 
 def test_a_run_says_how_the_one_before_it_did(made):
     train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=twice"

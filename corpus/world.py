@@ -119,7 +119,7 @@ def divide(tell_b):
         for x, facts in subjects_of(row).items():
             if group == "B":
                 never_asked |= {*x.split()}
-            told = [tell(x, facts) for _ in range(21 + 2 * len(facts))]
+            told = [tell(x, facts) for _ in range(18 + 3 * len(facts))]
             told += [tell(x, ATTRIBUTES) for _ in range(3)]
             documents += told if group == "A" or tell_b else []
             for a in ATTRIBUTES:
@@ -143,7 +143,7 @@ def divide(tell_b):
         pools = test if name != "small talk" and rng.random() < 0.1 else train
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
     for kind, attributes in KINDS.items():
-        documents += [tell(made_up(kind), attributes) for _ in range(450 * len(attributes))]
+        documents += [tell(made_up(kind), attributes) for _ in range(300 * len(attributes))]
         for a in attributes * 1000:
             pools = test if rng.random() < 0.05 else train
             pools["U, nowhere, made up"].append((made_up(kind), a))
