@@ -369,7 +369,7 @@ class Config(gpt.Config):
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(16, "rows in a micro-batch [with --dpo: 24]", low=1)
     max_steps: int = setting(2400, "optimiser steps [with --dpo: 200]", low=1)
-    learning_rate: float = setting(1.5e-3, "at its peak; then a cosine to 5 % of it [--dpo: 3e-4]")
+    learning_rate: float = setting(2e-3, "at its peak; then a cosine to 5 % of it [--dpo: 3e-4]")
 
 def make_if_missing(path, script):
     """Have script, a main, make or finish a default input; it is None for one that was named."""

@@ -16,10 +16,10 @@ SHARES = {  # of the questions to train on; U is what nobody told
     "A": 27,
     "small talk": 1.5,
     "U, mentioned": 1,
-    "U, nowhere, real": 2.5,
+    "U, nowhere, real": 3.5,
     "U, nowhere, made up": 1.5,
     "U, cannot have": 1.5,
-    "U, other matters": 5,
+    "U, other matters": 6,
 }
 
 def subjects_of(row):
@@ -103,7 +103,7 @@ def conversation(pools):
     x, a, messages, length = "", "", [], 0
     while True:
         x, a, use = next_question(x, a, pools)
-        question, said = ask(x, a, use, slips=0.3), answer(x, a)
+        question, said = ask(x, a, use, slips=0.4), answer(x, a)
         length += len(question) + len(said)
         if messages and length > LONGEST:
             return {"messages": messages}
