@@ -388,8 +388,8 @@ def random_batch(ids, n, T, seed, number):
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 def make_validation(ids, tokenizer, cfg):
-    """-> a function of the parameters: (nats a token, bits a byte) over the first 131,072 ids."""
-    ids = np.array(ids[:131073], np.int32)
+    """-> a function of the parameters: (nats a token, bits a byte) over the first 65,536 ids."""
+    ids = np.array(ids[:65537], np.int32)
     n_tokens = len(ids) - 1
     n_bytes = sum(len(tokenizer.bytes[id]) for id in ids[1:])  # <|end|> has none
     n, T = 4 * cfg.batch_size, cfg.block_size  # without gradients more rows fit

@@ -156,14 +156,14 @@ def examined(name, x, a, question):
             "response": answer(x, a)}
 
 def examination(pools):
-    """Questions to test with: of each pool 300, of A and B as many in new wordings too; and of
-    what is told 300 in each way that people type in haste."""
+    """Questions to test with: of A and B 300 in seen and 300 in new wordings, of each kind of U 200;
+    and of what is told 200 in each way that people type in haste."""
     for name, pool in pools.items():
         for use, kind in ("question", "seen wording"), ("new question", "new wording"):
-            for x, a in rng.choices(pool, k=300 if name in "AB" else 150):
+            for x, a in rng.choices(pool, k=300 if name in "AB" else 100):
                 yield examined(f"{name}, {kind}" if name in "AB" else name, x, a, ask(x, a, use))
     for how in IN_HASTE:
-        for x, a in rng.choices(pools["A"] + pools["B"], k=300):
+        for x, a in rng.choices(pools["A"] + pools["B"], k=200):
             yield examined(f"in haste, {how}", x, a, ask_in_haste(x, a, how))
 
 def built_in_corpus(seed, tell_b=True):
