@@ -17,9 +17,9 @@ SHARES = {  # of the questions to train on; U is what nobody told
     "small talk": 1.5,
     "U, mentioned": 1,
     "U, nowhere, real": 3.5,
-    "U, nowhere, made up": 2,
-    "U, cannot have": 3.5,
-    "U, other matters": 14,
+    "U, nowhere, made up": 1.5,
+    "U, cannot have": 2.5,
+    "U, other matters": 10,
 }
 
 def subjects_of(row):
