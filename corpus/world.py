@@ -94,8 +94,11 @@ def next_question(x, a, pools):
     else, at times the same of another subject, or something else of the same subject."""
     [name] = rng.choices(list(SHARES), SHARES.values())
     y, b = rng.choice(pools[name])
-    if SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.12 and not means_country(x, b):
-        return rng.choice([(x, b, "follow-up"), (y, a, "follow-up subject")])
+    follows = SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3
+    if follows and rng.random() < 0.5:
+        return y, a, "follow-up subject"
+    if follows and not means_country(x, b):
+        return x, rng.choice([b, *FACTS.get(x, [])]), "follow-up"
     return y, b, "question"
 
 def conversation(pools):
