@@ -56,8 +56,11 @@ def slip(text, for_test=False):
 def state(x, a, v):
     """A sentence as people write it: that v is the a of x; without v, that it is not known; about
     "any", nothing to learn."""
-    known = v or a == "any"
-    return careless(fill(rng.choice(SAY[a, "statement"]) if known else wording("not known", a), x, v))
+    if v or a == "any":
+        template = rng.choice(SAY[a, "statement"])
+    else:
+        template = wording("not known", a)
+    return careless(fill(template, x, v))
 
 def ask(x, a, use="question", slips=0.0):
     """A question as people type it: some with a slip, with words before or after it, without "the",

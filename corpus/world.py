@@ -159,8 +159,8 @@ def examined(name, x, a, question):
             "response": answer(x, a)}
 
 def examination(pools):
-    """Questions to test with: of A and B 300 in seen and 300 in new wordings, of each kind of U 200;
-    and of what is told 200 in each way that people type in haste."""
+    """Questions to test with: of A and B 300 in seen and 300 in new wordings, of each kind of U
+    200; and of what is told 200 in each way that people type in haste."""
     for name, pool in pools.items():
         for use, kind in ("question", "seen wording"), ("new question", "new wording"):
             for x, a in rng.choices(pool, k=300 if name in "AB" else 100):
