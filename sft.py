@@ -153,8 +153,9 @@ def read_examples(paths, kind=ANSWER):
 
 # ---------------------------------------------------------------- rows: what a step is trained on
 def as_read(question):
-    """A question all in capitals in small letters: hardly any text is written in capitals."""
-    return question.lower() if question.isupper() else question
+    """A question all in capitals in small letters: hardly any text is written in capitals. A short
+    one, such as "B" or "NASA?", stays as it is."""
+    return question.lower() if question.isupper() and len(question) > 7 else question
 
 def render(messages, tokenizer):
     """Messages -> (ids, which of them are trained):
@@ -427,7 +428,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     held_out, rows = np.split(rows, [n_held])
     text = text_to_replay(cfg, about, tokenizer)
     part = 4 if before else 8  # what a few corrections change is kept more firmly
-    n_old = cfg.batch_size // part if len(text) else 0  # rows of it: arXiv 2503.21676
+    n_old = (cfg.batch_size + part // 2) // part if len(text) else 0  # arXiv 2503.21676
     n_new = cfg.batch_size - n_old
     seen = np.isin(np.arange(cfg.vocab_size), text)  # fixed, or names never asked fall behind
     loss = dpo_loss if before else gpt.loss

@@ -686,11 +686,11 @@ def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     assert runs[2]["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
 
 def test_a_run_says_how_the_one_before_it_did(made):
-    train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=twice"
+    train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=again"
     first, second = outcome(train), outcome(f"{train} --seed=1")
-    [lowest] = re.findall(r"lowest validation ([\d.]+) ", first)
     assert "of the run before" not in first
-    assert f"; of the run before {lowest} ({Path('twice/log.prev.csv')})" in second
+    [lowest] = re.findall(r"lowest validation ([\d.]+) ", first)
+    assert f"; of the run before {lowest} ({Path('again/log.prev.csv')})" in second
 
 @only_posix
 def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
