@@ -4,7 +4,8 @@
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py    # one answer a line
 
-A chat model reads a question that is all in capitals as if in small letters; /probs shows that."""
+A chat model reads a question all in capitals, of eight or more letters, in small ones; /probs
+shows that."""
 import json, re, select, sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
