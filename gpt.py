@@ -486,14 +486,14 @@ def named_leaves(tree):
     return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-def save_checkpoint(path, state, about):
+def save_checkpoint(path, state, about, keep=False):
     """One file with everything and no pickle: the arrays, and `about` (settings, tokenizer, step)
-    as JSON."""
+    as JSON. keep: the file that was there stays as *.prev.npz."""
     arrays = named_leaves(state)
     if not all(np.isfinite(a).all() for a in arrays.values()):
         raise InputError(f"{path}: kept as it was, the parameters are no longer finite; go on from"
                          " it by --init, with a smaller --learning_rate")
-    with whole_file(path) as file:
+    with whole_file(path, keep) as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 def load_checkpoint(path, whole=False):
@@ -567,11 +567,11 @@ def begin_files(path, about, fresh):
         best_path.unlink(missing_ok=True)
     begin_log(log_of(path), about["log"])
 
-def try_to_save(path, state, about, best, must):
+def try_to_save(path, state, about, best, must, keep):
     """Save a checkpoint, also as the best one if `best`, [step, nats, bits a byte] of the lowest
     validation so far, is new. If it need not be, that it fails is said and no more."""
     try:
-        save_checkpoint(path, state, about | {"best": best})
+        save_checkpoint(path, state, about | {"best": best}, keep)
         if best != about["best"]:
             link(path, path.with_suffix(".best.npz"))
         about["best"] = best
@@ -640,18 +640,17 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
 
-    def save(best, must=True):
+    def save(best, must, keep=False):
         settings = asdict(replace(cfg, minutes=0.0))  # they became steps
         about.update(config=settings, step=done, seconds=time.perf_counter() - began)
         whole = process_allgather(state, tiled=True)  # from all processes
         if writes():
-            try_to_save(path, whole, about, best, must)
+            try_to_save(path, whole, about, best, must, keep)
         return whole
 
     with only_writer(path.parent) if writes() else nullcontext(), wishes_to_stop() as wishes:
-        if writes() and not cfg.resume:
-            keep_previous(path)
-        saved = save(about["best"])  # at step 0 too: a full disk fails now
+        # At step 0 too: a full disk fails now.
+        saved = save(about["best"], must=True, keep=not cfg.resume)
         if writes():
             begin_files(path, about, fresh=not cfg.resume)
         last = False

@@ -585,9 +585,10 @@ def keep_previous(path):
         say(f"the {path.name} that was there is now {kept}{before}")
 
 @contextmanager
-def whole_file(path):
-    """The old or the whole new file is there, whenever power fails. If it is a link to a file
-    elsewhere, it stays one."""
+def whole_file(path, keep=False):
+    """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.* too.
+    If it is a link to a file elsewhere, it stays one."""
+    given = path
     path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     part = Path(f"{path}.part")
     try:
@@ -595,6 +596,8 @@ def whole_file(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep:
+            keep_previous(given)
         os.replace(part, path)
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk names no file
