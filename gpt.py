@@ -383,7 +383,10 @@ def random_batch(ids, n, T, seed, number):
         ends = np.flatnonzero(ids[earliest:start + 1] == END)
         if len(ends):
             start = earliest + ends[-1]
-        rows.append(ids[start:start + T + 1])
+        row = ids[start:start + T + 1]
+        if earliest == 0 and not len(ends):  # one stands before the first document too
+            row = np.append(END, ids[:T])
+        rows.append(row)
     batch = np.array(rows, np.int32)
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 

@@ -191,14 +191,16 @@ def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
     pytest.param(40, {END, *range(4, 40)}, id="documents much longer than a row"),
 ])
 def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length, begins):
-    ids = np.arange(401) % length  # documents, such as 1 2 3 4, after each 0, which is END
+    ids = np.arange(1, 401) % length  # documents, such as 1 2 3 4 and then 0, which is END
     batches = [gpt.random_batch(ids, 8, 8, 0, number) for number in range(300)]
     x, y, w = np.concatenate(batches, axis=1).astype(int)
     assert (y == (x + 1) % length).all() and w.all()
     assert {*x[:, 0]} == begins
     often = np.bincount(y.ravel())
     assert often.max() < 2 * often.mean() < 4 * often.min()
-    places = np.arange(1, 401)
+    places = np.arange(1, 401)  # one document: its first token follows an END as well
+    begun = gpt.random_batch(places, 999, 8, 0, 0)
+    assert (begun[0][:, :2] == [END, 1]).all(1).any() and (begun[1][:, 0] == 1).any()
     assert gpt.random_batch(places, 99, 8, 0, 0)[1].max() > 390  # to the end of the text
     assert (gpt.random_batch(places, 8, 8, 0, 0)[0] != gpt.random_batch(places, 8, 8, 1, 0)[0]).any()
 
