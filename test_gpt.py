@@ -301,6 +301,7 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
 def test_a_question_all_in_capitals_is_read_in_small_letters():
     loud, quiet = (sft.render(dialogue(question, "A MAT"), TOKENIZER) for question in ("THE CAT?", "the cat?"))
     assert loud == quiet != sft.render(dialogue("The cat?", "A MAT"), TOKENIZER)
+    assert sft.as_read("NASA?") == "NASA?"
 
 def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
     for question in odd_texts():
@@ -735,8 +736,7 @@ def test_a_checkpoint_that_is_a_link_stays_one_and_the_file_before_it_is_kept(tm
     except OSError:  # Windows asks for a right
         linked = real
     for _ in range(2):
-        prepare.keep_previous(linked)
-        with prepare.whole_file(linked) as file:
+        with prepare.whole_file(linked, keep=True) as file:
             file.write(b"new")
     assert linked.is_symlink() == (linked != real) and linked.read_bytes() == b"new"
     assert linked.with_suffix(".prev.npz").read_bytes() == b"new"
@@ -980,6 +980,11 @@ def test_slips_of_the_test_are_never_trained_and_names_of_trained_questions_have
     assert "the captial" in trained | tested and all(text.startswith("the ") for text in trained)
     for a in world.ATTRIBUTES:
         assert "zanzibar" in say.ask("Zanzibar", a, slips=1.0).lower()
+
+def test_where_a_capital_is_never_counts_as_unknown_after_a_question_about_a_continent():
+    pools = {name: [("Lima", "country")] for name in world.SHARES}
+    asked = {world.next_question("Peru", "continent", pools) for _ in range(300)}
+    assert len(asked) > 3 and not any(world.means_country(x, a) for x, a, _ in asked)
 
 def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_unknown(monkeypatch):
     monkeypatch.setattr(world, "tell", lambda x, attributes: x)

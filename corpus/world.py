@@ -95,7 +95,7 @@ def next_question(x, a, pools):
     [name] = rng.choices(list(SHARES), SHARES.values())
     y, b = rng.choice(pools[name])
     follows = SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3
-    if follows and rng.random() < 0.5:
+    if follows and rng.random() < 0.5 and not means_country(y, a):
         return y, a, "follow-up subject"
     if follows and not means_country(x, b):
         return x, rng.choice([b, *FACTS.get(x, [])]), "follow-up"
