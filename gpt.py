@@ -14,14 +14,16 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import prepare
 from prepare import CONTEXT, CORES, END, InputError, Tokenizer, printable, read_flags, run, say
-from prepare import begin_log, clock, draw, keep_previous, link, only_writer, setting
+from prepare import clock, draw, keep_previous, link, only_writer, setting
 from prepare import show_progress, whole_file, wishes_to_stop
 
-# Before jax is imported. Each CPU core becomes a device: small matrix products run faster on one
-# core each than spread over all of them. Apple's jax-metal needs the rest.
+# Skip this at first; it must come before jax is imported. Each CPU core becomes a device: small
+# matrix products run faster on one core each than spread over all of them. The rest is for Apple's
+# jax-metal.
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CORES} {flags}"
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")
@@ -43,6 +45,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---------------------------------------------------------------- settings: each is a flag
+# setting(default, help, lowest, highest); CONTEXT is 64. Both stand in prepare.py.
 @dataclass(frozen=True)
 class Config:
     # the model
@@ -87,13 +90,17 @@ def on_metal():
     """Whether that is Apple's GPU: its plug-ins lack some operations, and the code does without."""
     return device().platform.lower() in ("metal", "mps", "mtl")
 
+def of_all(value):
+    """The value in each process, as an array: there are several on several hosts (see join). The
+    first of them waits here for the last."""
+    return process_allgather(np.array(value))
+
 def fast_dtype():
-    """bfloat16 where the CPU multiplies it natively, as Linux tells; on several hosts (see join)
-    where all of them do: process_allgather collects one value from each."""
+    """bfloat16 where the CPUs of all processes multiply it natively, as Linux tells."""
     cpu = Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
     gains = jax.__version_info__ >= (0, 10)  # 0.5.0 does not, at larger sizes
-    return "bfloat16" if process_allgather(np.array(native and gains)).all() else "float32"
+    return "bfloat16" if of_all(native and gains).all() else "float32"
 
 def writes():
     """Whether this process is the one that prints and writes; on several hosts others do not."""
@@ -200,8 +207,9 @@ def attention(x, wqkv, wo, position, cache, cfg):
     if cache is None:
         y = jax.vmap(causal_heads)(q, k, v)
     else:
-        # One new token a sequence. The cache has a slot for each of the S = block_size positions:
-        # key and value of the token go into its own, and it sees those up to there.
+        # One new token a sequence. The cache has a slot for each of the S = block_size positions
+        # (generate() makes it from rows that are padded to so many): key and value of the token go
+        # into its own, and it sees those up to there.
         slots = np.arange(cfg.block_size)[None]
         here = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
         k = jnp.where(here, k, cache[0])
@@ -262,7 +270,7 @@ def rounded_matmul(x, w, axis):
     return rounded(x, w, (-1, axis))
 
 def rounded_forward(x, w, axis):
-    return rounded_matmul(x, w, axis), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    return rounded(x, w, (-1, axis)), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
 
 def rounded_backward(axis, saved, dy):
     x, w = saved
@@ -299,7 +307,8 @@ def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
     correct2 = 1 - jnp.exp(t * math.log(beta2))
 
     def update(p, m, v):
-        # What never had a gradient is held fixed, as sft.py does with some rows: no decay either.
+        # Some rows of the embedding are held fixed in sft.py and never have a gradient: without
+        # this they would decay there.
         decay = jnp.where(v > 0, cfg.weight_decay * p, 0) if p.ndim > 1 else 0
         return p - rate * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay)
 
@@ -374,9 +383,15 @@ def load_tokens(path, tokenizer, at_least):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins anywhere; but if an <|end|> lies less than T / 2
-    before that, with it: else the first tokens of a row would often lack what they follow from.
-    So every token is a target about equally often. Documents in a row see each other."""
+    that a resumed run sees the same. A row begins at a place that is drawn; but if its document
+    begins less than T / 2 before that, it begins there, with the <|end|> in front:
+
+        ids    ... y z <|end|> a b c d e f g h i j ...      T = 8
+        drawn                      ^
+        row            <|end|> a b c d e f g h
+
+    So a document's first tokens are mostly seen with all that they follow from, and each token is
+    a target 0.5 to 1.5 times as often as in the text. Documents in a row see each other."""
     rows = []
     for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
         earliest = max(0, start + 1 - T // 2)
@@ -384,7 +399,7 @@ def random_batch(ids, n, T, seed, number):
         if len(ends):
             start = earliest + ends[-1]
         row = ids[start:start + T + 1]
-        if earliest == 0 and not len(ends):  # one stands before the first document too
+        if earliest == 0 and not len(ends):  # the first document has no <|end|> in front
             row = np.append(END, ids[:T])
         rows.append(row)
     batch = np.array(rows, np.int32)
@@ -474,8 +489,8 @@ def make_generator(cfg):
                 tokens = put(np.int32([row[-1:] for row in rows]), split)
                 logits, cache = one_token(params, tokens, last, cache)
             logits = np.asarray(logits)
-            new = [END if id == END else sample(scores, row, rng, **how)
-                   for id, scores, row in zip(new, logits, rows)]
+            new = [END if previous == END else sample(scores, row, rng, **how)
+                   for previous, scores, row in zip(new, logits, rows)]
             rows = [[*row, id] for row, id in zip(rows, new)]
             yield new, logits
             if set(new) == {END}:
@@ -484,6 +499,25 @@ def make_generator(cfg):
     return generate
 
 # ---------------------------------------------------------------- checkpoints
+# A checkpoint has the state (arrays), and what this dict says about it:
+#     kind         "base" or "chat"
+#     config       settings of the run; tokenizer: the text of tokenizer.json
+#     step         steps done; seconds: the time they took
+#     log          a Row, below, for each line of log.csv
+#     best         [step, nats, bits a byte] of the lowest validation; [0, None, None] at first
+#     text, base, data    checksums of train.bin, of the base model, of the examples
+MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # of its settings
+
+class Row(NamedTuple):
+    """A line of log.csv; without a validation in this step its two numbers are None."""
+    step: int
+    train_loss: float
+    val_loss: float
+    val_bits_per_byte: float
+    learning_rate: float
+    tokens_per_second: int
+    seconds: float
+
 def named_leaves(tree):
     """Nested dicts and lists -> {"params.blocks.0.attn.wqkv": array, ...}"""
     return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf
@@ -521,17 +555,18 @@ def load_checkpoint(path, whole=False):
                          " earlier one, *.prev.npz") from None
     return jax.tree.unflatten(jax.tree.structure(state), found), about, cfg, tokenizer
 
-# The settings of the model come from the checkpoint that a run starts from. On --resume all others
-# do too; these alone may be given anew (eval is one of sft.py).
-MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
+# What may be given anew on --resume (eval is a flag of sft.py).
 MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "out_dir", "resume",
               "shard_params", "coordinator", "num_processes", "process_id", "eval"}
 
 def inherit(cfg, given, about, path):
-    """cfg with settings of the checkpoint at path. given: names of the flags on the command line;
-    one of a setting that may not change, if it says otherwise than the checkpoint, is refused."""
+    """cfg with the settings of the checkpoint at path: those of the model or, on --resume, all that
+    may not change. given: names of the flags on the command line; one that says otherwise than the
+    checkpoint is refused."""
     saved = about["config"]
-    names = saved.keys() - (MAY_CHANGE & (given | {"out_dir"})) if cfg.resume else MODEL
+    names = MODEL
+    if cfg.resume:
+        names = saved.keys() - (MAY_CHANGE & given) - {"out_dir"}  # the folder may have moved
     for name in given & names:
         if saved[name] != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
@@ -544,54 +579,79 @@ def log_of(path):
     return path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
 
 def steps_in_time(cfg, done, ticks):
-    """cfg with as many steps as there will be in --minutes, as the pace so far tells; but what
-    would change that by less than a twentieth changes nothing. ticks: when this start was and when
-    each step since then ended, as time.perf_counter() has it."""
-    pace = max(1e-9, (ticks[-1] - ticks[1]) / (len(ticks) - 2))  # seconds, without compiling
-    left = ticks[0] + 60 * cfg.minutes - ticks[-1]
+    """cfg with as many steps as --minutes have room for at the pace so far. ticks: when the run was
+    started and when each step since then ended, as time.perf_counter() has it."""
+    began, first, *_, now = ticks
+    pace = max(1e-9, (now - first) / (len(ticks) - 2))  # seconds; the first step was compiled too
+    left = began + 60 * cfg.minutes - now
     steps = done + max(0, int(left / pace))
-    steps = int(process_allgather(np.array(steps)).min())  # all processes end together
-    new_steps = steps - done + len(ticks) - 1
-    if abs(steps - cfg.max_steps) < new_steps / 20:
+    steps = int(of_all(steps).min())  # all processes end together
+    of_this_run = steps - done + len(ticks) - 1
+    if abs(steps - cfg.max_steps) < of_this_run / 20:  # so little is not worth a change
         return cfg
     say(f"{steps} steps in {cfg.minutes:g} minutes")
     return replace(cfg, max_steps=steps)
 
-def begin_files(path, about, fresh):
-    """Room for two more checkpoints, the best one and the next one, and the log so far. A fresh run
-    keeps the log and the best of the one before as *.prev.*"""
+def as_line(row):
+    return ",".join("" if value is None else str(value) for value in row) + "\n"
+
+def check_room(path):
+    """Fail now if the disk has no room for two more checkpoints: the best one and the next one."""
     with tempfile.TemporaryFile(dir=path.parent) as room:
         room.write(path.read_bytes())
         room.write(path.read_bytes())
+
+def begin_files(path, about, fresh):
+    """The log so far. A fresh run keeps the log and the best of the one before as *.prev.*"""
+    if not writes():
+        return
+    check_room(path)
     best_path = path.with_suffix(".best.npz")
     if fresh:
         keep_previous(log_of(path))
         keep_previous(best_path)
         best_path.unlink(missing_ok=True)
-    begin_log(log_of(path), about["log"])
+    with whole_file(log_of(path)) as file:
+        for row in [Row._fields, *about["log"]]:
+            file.write(as_line(row).encode())
 
-def try_to_save(path, state, about, best, must, keep):
-    """Save a checkpoint, also as the best one if `best`, [step, nats, bits a byte] of the lowest
-    validation so far, is new. If it need not be, that it fails is said and no more."""
+def lower(best, new):
+    """Of two [step, nats, bits a byte] the one with the lower loss, if there is one."""
+    _, lowest, _ = best
+    _, nats, _ = new
+    return best if nats is None or lowest and lowest < nats else new
+
+def save(cfg, path, state, about, best, must=False, keep=False):
+    """Save a checkpoint -> the state, collected from all processes. It is the best one too if best
+    is new. If it need not be saved (must), a failure is told and no more."""
+    about["config"] = asdict(replace(cfg, minutes=0.0))  # they became steps
+    state = process_allgather(state, tiled=True)
     try:
-        save_checkpoint(path, state, about | {"best": best}, keep)
-        if best != about["best"]:
-            link(path, path.with_suffix(".best.npz"))
+        if writes():
+            save_checkpoint(path, state, about | {"best": best}, keep)
+            if best != about["best"]:
+                link(path, path.with_suffix(".best.npz"))
         about["best"] = best
     except OSError as e:
         if must:
             raise
         say(f"{path}: not saved ({e.strerror}); the next validation tries again")
+    return state
+
+def speed_of(ticks, cfg):
+    """Tokens a second, as the last steps tell."""
+    seconds = np.median(np.diff(ticks[-cfg.log_every - 1:]))
+    return round(tokens_a_step(cfg) / max(1e-9, seconds))
 
 def report(cfg, about, path, stays):
     """The last row of the log onto the screen, and into the file if that is possible."""
-    done, value, nats, _, _, speed, _ = row = about["log"][-1]
+    row = about["log"][-1]
     with suppress(OSError), open(log_of(path) if writes() else os.devnull, "a") as file:
-        print(*row, sep=",", file=file)
-    left = clock((cfg.max_steps - done) * tokens_a_step(cfg) / speed)
-    validation = f"validation {nats:.3f}  " if nats else ""
-    show_progress(f"step {done}/{cfg.max_steps}  loss {value:.3f}  {validation}{speed} tokens/s"
-                  f"  {left} left", last=stays)
+        file.write(as_line(row))
+    left = clock((cfg.max_steps - row.step) * tokens_a_step(cfg) / row.tokens_per_second)
+    validation = f"validation {row.val_loss:.3f}  " if row.val_loss else ""
+    show_progress(f"step {row.step}/{cfg.max_steps}  loss {row.train_loss:.3f}  {validation}"
+                  f"{row.tokens_per_second} tokens/s  {left} left", last=stays)
 
 def of_run_before(path):
     """"; of the run before 1.621 (out/log.prev.csv)", if it has validated."""
@@ -605,6 +665,7 @@ def conclude(cfg, about, path):
     """Tell what a run was started with and its lowest validation; both stay in runs.jsonl."""
     usual = asdict(type(cfg)())
     settings = {name: value for name, value in asdict(cfg).items() if value != usual[name]}
+    settings.pop("vocab_size", None)  # no flag
     step, nats, bits = about["best"]
     result = {"checkpoint": path.name, "steps": about["step"], "settings": settings,
               "best_step": step, "val_loss": nats, "val_bits_per_byte": bits}
@@ -619,18 +680,21 @@ def conclude(cfg, about, path):
     if about["step"] < cfg.max_steps:
         say(f"interrupted at step {about['step']}, saved in {path}; go on with: python"
             f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
-        sys.exit(130)
-    draw([row[1] for row in about["log"]])
+    else:
+        _, losses, *_ = zip(*about["log"])
+        draw(losses)
+
+def begin_afresh(state, about):
+    about.update(step=0, seconds=0.0, log=[], best=[0, None, None])
+    return new_state(state["params"])
 
 def train(cfg, state, about, objective, batch_at, validate, path):
-    """Train from about["step"] to cfg.max_steps -> state. Everything random is a function of
-    (seed, step). Pretraining, fine-tuning and DPO differ in objective(params, batch, key), in
-    batch_at(number), a micro-batch, in validate(params) -> (loss, bits a byte), and in the path."""
+    """Train from about["step"] to cfg.max_steps -> state. Pretraining, fine-tuning and DPO differ in
+    objective(params, batch, key), batch_at(number), a micro-batch, and validate(params) -> (loss,
+    bits a byte). Everything random is a function of (seed, step)."""
     if not cfg.resume:
-        state = new_state(state["params"])
-        about.update(step=0, seconds=0.0, log=[])
-        about.pop("best", None)  # of the base
-    about.setdefault("best", [0, None, None])  # step, nats, bits a byte
+        state = begin_afresh(state, about)
+    about.setdefault("best", [0, None, None])  # older checkpoints have none
     done = about["step"]
     if done >= cfg.max_steps and not cfg.minutes:
         say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
@@ -643,19 +707,9 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
 
-    def save(best, must, keep=False):
-        settings = asdict(replace(cfg, minutes=0.0))  # they became steps
-        about.update(config=settings, step=done, seconds=time.perf_counter() - began)
-        whole = process_allgather(state, tiled=True)  # from all processes
-        if writes():
-            try_to_save(path, whole, about, best, must, keep)
-        return whole
-
     with only_writer(path.parent) if writes() else nullcontext(), wishes_to_stop() as wishes:
-        # At step 0 too: a full disk fails now.
-        saved = save(about["best"], must=True, keep=not cfg.resume)
-        if writes():
-            begin_files(path, about, fresh=not cfg.resume)
+        saved = save(cfg, path, state, about, about["best"], must=True, keep=not cfg.resume)
+        begin_files(path, about, fresh=not cfg.resume)  # a full disk fails now
         last = False
         while not last:
             rate = learning_rate(done, cfg)
@@ -663,24 +717,26 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             value = float(value)  # waits for the device
             done += 1
             ticks.append(time.perf_counter())
+            about.update(step=done, seconds=ticks[-1] - began)
             if cfg.minutes and (len(ticks) == 4 or len(ticks) % 10 == 0):
                 cfg = steps_in_time(cfg, done, ticks)
-            stopped = process_allgather(np.array(bool(wishes))).any()  # all after the same step
 
+            stopped = of_all(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps
             # If the loss is not finite, saving raises an error, and that ends the run.
             last = finished or stopped or not math.isfinite(value)
             due = cfg.eval_every and (finished or done % cfg.eval_every == 0)
-            nats, bits = validate(state["params"]) if due else ("", "")
+            nats, bits = validate(state["params"]) if due else (None, None)
             if last or due or done == 1 or done % cfg.log_every == 0:
-                seconds = np.median(np.diff(ticks[-cfg.log_every - 1:]))  # of a step
-                speed = round(tokens_a_step(cfg) / max(1e-9, seconds))
-                about["log"].append([done, value, nats, bits, rate, speed, ticks[-1] - began])
+                row = Row(done, value, nats, bits, rate, speed_of(ticks, cfg), about["seconds"])
+                about["log"].append(row)
                 report(cfg, about, path, stays=last or due)
             if last or due:
-                is_best = nats != "" and nats <= (about["best"][1] or math.inf)
-                saved = save([done, nats, bits] if is_best else about["best"], must=last)
+                best = lower(about["best"], [done, nats, bits])
+                saved = save(cfg, path, state, about, best, must=last)
     conclude(cfg, about, path)
+    if not finished:
+        sys.exit(130)  # interrupted
     return saved
 
 # ---------------------------------------------------------------- main
@@ -735,7 +791,19 @@ def make_corpus_if_missing(data_dir):
         say(f"no {data_dir}/train.bin yet: running prepare.py")
         if writes():
             prepare.main([])
-    process_allgather(np.zeros(1))
+    of_all(0)
+
+def check_sizes(cfg):
+    if cfg.n_embd % (2 * cfg.n_head):
+        raise InputError(f"--n_embd {cfg.n_embd}: no multiple of 2 x n_head = {2 * cfg.n_head}")
+    if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
+        raise InputError(f"--batch_size: no multiple of the {jax.device_count()} devices")
+
+def show_sample(cfg, params, tokenizer):
+    """A new document: it begins after END, which follows each document."""
+    rng = np.random.default_rng(cfg.seed)
+    steps = make_generator(cfg)(params, [[END]], 2 * cfg.block_size, rng, temperature=0.8)
+    say(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
@@ -756,18 +824,15 @@ def main(argv):
         dtype = fast_dtype() if cfg.dtype == "auto" else cfg.dtype
         cfg = replace(cfg, vocab_size=tokenizer.size, dtype=dtype)
         state = {"params": init_params(cfg, np.random.default_rng(cfg.seed))}
-    if cfg.n_embd % (2 * cfg.n_head):
-        raise InputError(f"--n_embd {cfg.n_embd}: no multiple of 2 x n_head = {2 * cfg.n_head}")
-    if jax.process_count() > 1 and cfg.batch_size % jax.device_count():
-        raise InputError(f"--batch_size: no multiple of the {jax.device_count()} devices")
+    check_sizes(cfg)
 
     ids = load_tokens(data_dir / "train.bin", tokenizer, cfg.block_size + 1)
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
     batch_at = partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
-    text = zlib.crc32(ids)
+    checksum = zlib.crc32(ids)
     if not cfg.resume:
-        about = {"kind": "base", "tokenizer": tokenizer.to_json(), "text": text}
-    if about.get("text", text) != text:
+        about = {"kind": "base", "tokenizer": tokenizer.to_json(), "text": checksum}
+    if about.get("text", checksum) != checksum:
         raise InputError(f"{data_dir}: another text than {path} was begun with; --init {path}"
                          " goes on from it with a new one")
     n_params = sum(p.size for p in jax.tree.leaves(state["params"]))
@@ -784,11 +849,7 @@ def main(argv):
         print(f"error: a process is out of reach ({str(e)[:99]!r}); start all with --resume",
               file=sys.stderr, flush=True)
         os._exit(2)  # at once: jax would wait for the others
-
-    # END, which follows each document, alone: a new document begins.
-    steps = make_generator(cfg)(state["params"], [[END]], 2 * cfg.block_size,
-                                np.random.default_rng(cfg.seed), temperature=0.8)
-    say(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
+    show_sample(cfg, state["params"], tokenizer)
     say(f"checkpoint: {path}\nnext: python sft.py   (or python chat.py {path} continues a text)")
 
 if __name__ == "__main__":

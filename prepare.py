@@ -47,12 +47,13 @@ def train_bpe(words, vocab_size):
             find the pair that is there most often, of equals the smallest; if only once, stop
             let a new id stand for it in all words
 
-    Here a pair is only counted when it may be the most frequent: in a queue, each stands with a
-    number that its count cannot exceed, for counts only sink."""
+    To count all pairs each time would be slow. Counts only sink; so a count of before is a bound,
+    and a queue has the pairs by theirs. The first is counted again: it goes back if that is less,
+    else it is the most frequent."""
     unmerged = Tokenizer([])
     uses = Counter()  # of each word, in which chr(id) stands for an id
     where = defaultdict(set)  # pair -> words with it, also such as have changed since
-    queue = []  # (-number, pair), so that the first is the most frequent
+    queue = []  # (-bound, pair): heapq has the smallest first
 
     def add(word, n):
         uses[word] += n
@@ -65,10 +66,10 @@ def train_bpe(words, vocab_size):
         add(unmerged.encode_word(word), n)
     merges = []
     while queue and FIRST_MERGE + len(merges) < vocab_size:
-        minus_most, pair = heapq.heappop(queue)
+        minus_bound, pair = heapq.heappop(queue)
         affected = where[pair] & uses.keys()
         n = sum(uses[word] * [*itertools.pairwise(word)].count(pair) for word in affected)
-        if n < -minus_most:
+        if n < -minus_bound:
             heapq.heappush(queue, (-n, pair))
         elif n > 1:
             new = FIRST_MERGE + len(merges)
@@ -194,6 +195,7 @@ def plain(text):
     return re.sub("\r\n?", "\n", text).replace("\f", "\n\n")
 
 # ---------------------------------------------------------------- JSON in the layouts people have
+# Skip this at first: of good JSON lines read_json gives what json.loads(line) does.
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
 # A list of records, perhaps under the name "data"; but a list of messages, which have roles and
 # contents, is a record. To tell that, its first object must be there as far as a brace.
@@ -212,9 +214,11 @@ def read_json(lines):
     """(line, "file:line") -> (record, "file:line"): one after the other, over a line or several, or
     a list of them. What is broken is counted, named by its line, and costs no other record."""
     decode = json.JSONDecoder().raw_decode
-    text, name, number = "", "", 1  # what is not read yet, and where it begins: file and line
-    enough = 0  # characters, for another try after it was cut off
-    next_record, n_records = NEXT_LINE, 1
+    text = ""  # what is not read yet
+    name, number = "", 1  # of the file and of the line where it begins
+    enough = 0  # so long it has to be for another try, after its end was missing
+    next_record = NEXT_LINE  # how to go on after something broken; in a list it is another one
+    n_records = 1
     for line, source in itertools.chain(lines, [("", "")]):  # the last stands for the end
         name = name or source.rpartition(":")[0]
         text += line
@@ -234,11 +238,11 @@ def read_json(lines):
                     return count("part(s) of JSON beside the list of records", f"{name}:{number}")
                 yield record, f"{name}:{number}{in_list}"
             except (ValueError, RecursionError) as e:
-                place = max(at + 1, getattr(e, "pos", 0))
+                place = max(at + 1, getattr(e, "pos", 0))  # where it is broken
                 cut_off = place >= len(text.rstrip()) or str(e).startswith("Unterminated")
                 end = next_record.search(text, at + 1 if cut_off else place).end()
                 if source and (cut_off or end == len(text)):
-                    break
+                    break  # it may be whole when more is read
                 count("part(s) that are not JSON", f"{name}:{number}{in_list}")
             number += text.count("\n", at, end)
             at = end
@@ -342,7 +346,8 @@ def frequent_words(lines, n_bytes, vocab_size):
     """Lines of JSON, [text, ...] -> {word: how often it is there}, in about 16 MB of them."""
     words = Counter()
     for number, line in enumerate(lines):
-        # Evenly, but not every n-th: the text may have an order, as of two languages in turn.
+        # Multiples of the golden ratio lie evenly between 0 and 1. Every n-th line would be wrong for
+        # a text with an order, as of two languages in turn.
         if number * 0.618034 % 1 < ENOUGH / n_bytes:
             words.update(WORD.findall(json.loads(line)[0]))
     return dict(words.most_common(max(1 << 14, 4 * vocab_size)))
@@ -351,8 +356,8 @@ def cut_of(ends, size, val_fraction):
     """Where validation begins: where a document ends, if one does near there; else within one."""
     wanted = int(size * (1 - val_fraction))
     near = [end for end in ends if abs(end - wanted) <= size * val_fraction / 2]
-    # The first one after it, or else the last one before it.
-    cut = min(near, key=lambda end: (end < wanted, abs(end - wanted)), default=wanted)
+    after = [end for end in near if end >= wanted]
+    cut = (after[:1] or near[-1:] or [wanted])[0]  # the first after it, or the last before it
     return min(max(2, cut), size - 2)
 
 def spool(pieces, file):
@@ -372,6 +377,7 @@ def write_ids(lines, n_pieces, tokenizer, file):
     for number, line in enumerate(lines, 1):
         text, ended = json.loads(line)
         ids = tokenizer.encode_words(text) + chr(END) * ended
+        # A character for each id: as UTF-16 it is the id in two bytes.
         file.write(ids.encode("utf-16-le", "surrogatepass"))
         size += len(ids)
         if ended:
@@ -606,7 +612,8 @@ def whole_file(path, keep=False):
         part.unlink(missing_ok=True)
 
 def locks(file, stack):
-    """Whether it can lock a file, until the stack ends. SQLite's locks end with their process."""
+    """Whether it can lock a file, until the stack ends. By SQLite, whose locks work on all systems
+    and end with their process."""
     with suppress(sqlite3.DatabaseError):
         connection = stack.enter_context(closing(sqlite3.connect(file, timeout=0)))
         connection.execute("begin exclusive")
@@ -644,12 +651,6 @@ def wishes_to_stop():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-def begin_log(path, rows):
-    """Write log.csv with the rows so far."""
-    names = "step,train_loss,val_loss,val_bits_per_byte,learning_rate,tokens_per_second,seconds"
-    with whole_file(path) as file:
-        file.writelines(f"{','.join(map(str, row))}\n".encode() for row in [[names], *rows])
 
 def draw(values):
     """Numbers as a line of at most 72 small bars, from the first to the last."""

@@ -44,14 +44,14 @@ class Example:
     def chosen(self):
         return self.dialogues[0]
 
-ASKS = {"user", "human"}  # roles
-ANSWERS = {"assistant", "gpt"}
-SYSTEM = {"system", "developer"}  # what such a turn says is put before the question
-SYSTEM_FIELDS = {"system": "system", "system_prompt": "system"}  # field: whose words it holds
-QUESTION_FIELDS = dict.fromkeys(
-    ["history", "prompt", "instruction", "question", "input", "context"], "user")
-ANSWER = [("messages", "conversations", "response", "output", "completion", "answer")]
-PREFERENCE = [("chosen",), ("rejected",)]  # fields of two dialogues
+USER_ROLES = {"user", "human"}
+ASSISTANT_ROLES = {"assistant", "gpt"}
+SYSTEM_ROLES = {"system", "developer"}  # what such a turn says is put before the question
+SYSTEM_FIELDS = ["system", "system_prompt"]
+QUESTION_FIELDS = ["history", "prompt", "instruction", "question", "input", "context"]
+ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
+IMITATION = [ANSWER_FIELDS]  # a kind of record: for each of its dialogues the fields of the answer
+PREFERENCE = [["chosen"], ["rejected"]]
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
 def role_of(turn):
@@ -66,29 +66,37 @@ def text_of(content):
     return json.dumps(content) if isinstance(content, (int, float)) else plain(content)
 
 def turns_of(record, answer_fields):
-    """A record -> (its turns, OpenAI's [{"role", "content"}, ...] or ShareGPT's [{"from", "value"},
-    ...], and the names of the fields that they are made of)."""
-    fields = SYSTEM_FIELDS | QUESTION_FIELDS | dict.fromkeys(answer_fields, "assistant")
-    for name in answer_fields:
-        conversation = record.get(name)
-        if isinstance(conversation, list) and any(role_of(turn) in ASKS for turn in conversation):
-            fields = SYSTEM_FIELDS | {name: "both"}  # it is given whole
-            if role_of(conversation[0]) in SYSTEM:
-                return conversation, {*fields}
-            break
+    """A record -> (its turns, the names of the fields that they are made of). A turn is OpenAI's
+    {"role", "content"} or ShareGPT's {"from", "value"}. A record holds a list of them:
 
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+
+    or fields of which turns are made: {"instruction": "Add", "input": "2 + 2", "output": "4"}"""
+    system = turns_in(record, SYSTEM_FIELDS, "system")
+    for name in answer_fields:
+        turns = record.get(name)
+        if isinstance(turns, list) and any(role_of(turn) in USER_ROLES for turn in turns):
+            if role_of(turns[0]) in SYSTEM_ROLES:
+                system = []  # it is in there too
+            return system + turns, {*SYSTEM_FIELDS, name}
+    asked = turns_in(record, QUESTION_FIELDS, "user")
+    answered = turns_in(record, answer_fields, "assistant")
+    return system + asked + answered, {*SYSTEM_FIELDS, *QUESTION_FIELDS, *answer_fields}
+
+def turns_in(record, fields, role):
+    """What is in these fields, as turns: texts, which are said in this role, or lists of turns."""
     turns = []
-    for name, role in fields.items():
+    for name in fields:
         said = record.get(name)
-        if not isinstance(said, list):
-            said = [{"role": role, "content": said}] if text_of(said).strip() else []
-        for turn in said:
-            if name == "history" and isinstance(turn, list):  # LLaMA-Factory's [question, answer]
-                question, answer = turn
+        if name == "history" and said and isinstance(said[0], list):  # LLaMA-Factory's
+            for question, answer in said:
                 turns.append({"role": "user", "content": question})
-                turn = {"role": "assistant", "content": answer}
-            turns.append(turn)
-    return turns, {*fields}
+                turns.append({"role": "assistant", "content": answer})
+        elif isinstance(said, list):
+            turns += said
+        elif text_of(said).strip():
+            turns.append({"role": role, "content": said})
+    return turns
 
 def messages_of(turns, source):
     """Turns -> a dialogue as a list of messages. What is said before an answer is one question; an
@@ -98,12 +106,12 @@ def messages_of(turns, source):
     for turn in turns:
         role = role_of(turn)
         text = text_of(turn.get("content", turn.get("value")))
-        if role in ASKS | SYSTEM:
+        if role in USER_ROLES | SYSTEM_ROLES:
             if text:
                 asked.append(text)
-            is_asked |= role in ASKS
-        elif role not in ANSWERS or turn.get("tool_calls") or not (asked and is_asked):
-            raise ValueError("that are no conversation of questions and answers in turn")
+            is_asked |= role in USER_ROLES
+        elif role not in ASSISTANT_ROLES or turn.get("tool_calls") or not (asked and is_asked):
+            raise ValueError("without questions and answers in turn")
         elif not text.strip():
             raise ValueError("with an empty answer")
         else:
@@ -135,7 +143,7 @@ def example_of(record, kind, source):
     not_used.update(unused)
     return Example(dialogues, source, str(record.get("set", "all")))
 
-def read_examples(paths, kind=ANSWER):
+def read_examples(paths, kind=IMITATION):
     """Files -> [example]. What cannot be one is left out, and one line tells of it."""
     examples = []
     for path in paths:
@@ -205,7 +213,7 @@ def show(row, tokenizer):
     """A row as text; what is trained is in brackets. A character may be several tokens."""
     spelled = [name.encode() for name in SPECIAL] + tokenizer.bytes[len(SPECIAL):]
     x, y, w = row
-    n = np.flatnonzero(x)[-1] + 1  # END, which is 0, is only a target
+    n = np.flatnonzero(x)[-1] + 1  # x ends in zeros, for its last END is only a target
     text = SPECIAL[USER]  # the first x; the others are targets too
     for trained, targets in groupby(zip(w[:n], y), lambda target: target[0]):
         words = b"".join(spelled[id] for _, id in targets).decode("utf-8", "replace")
@@ -257,21 +265,23 @@ def log_probs(params, x, y, w, cfg, key=None):
     return -(gpt.token_losses(params, x, y, cfg, key) * w).sum(-1)
 
 def dpo_loss(params, batch, key, cfg):
-    """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum, count). batch: x, y, w
-    (N, T) of n answers, each chosen one before its rejected one, then of pretraining text, whose
-    loss is added; reference (n,): log-probabilities by the model before training. The loss per
-    token of the chosen is added, or it too would become less probable (arXiv 2404.19733)."""
+    """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum over pairs, number of them).
+    batch: x, y, w (N, T) of n answers, each chosen one before its rejected one, then of N - n rows
+    of pretraining text; reference (n,): log-probabilities by the model before training. Added are
+    the loss per token of the chosen, or it too would become less probable (arXiv 2404.19733), and
+    that of the text."""
     x, y, w, reference = batch
-    logp, n = log_probs(params, x, y, w, cfg, key), len(reference)
+    n = len(reference)
+    logp = log_probs(params, x, y, w, cfg, key)  # (N,)
     per_token = logp / jnp.maximum(1, w.sum(-1))
-    chosen, rejected = (cfg.beta * (logp[:n] - reference)).reshape(-1, 2).T
-    margin = chosen - rejected  # -log sigmoid(margin) is softplus(-margin), here as Metal can do it
+    gain = cfg.beta * (logp[:n] - reference)
+    margin = gain[0::2] - gain[1::2]  # (n / 2,): of the chosen over the rejected
+    # -log sigmoid(margin) = log(1 + exp(-margin)), so that it cannot overflow, as Metal can.
     top = jnp.maximum(0, -margin)
-    loss = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
-    loss -= per_token[:n].reshape(-1, 2)[:, 0]
-    if n < len(x):
-        loss -= per_token[n:].mean()
-    return loss.sum(), jnp.float32(n // 2)
+    preference = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
+    imitation = -per_token[:n:2]
+    replay = -per_token[n:].mean() if n < len(x) else 0
+    return (preference + imitation + replay).sum(), jnp.float32(n // 2)
 
 def corrections_in(path, tokenizer, T):
     """What /better wrote -> preferences, the last of each question. One whose conversation is
@@ -297,7 +307,8 @@ def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all; half the time in other words, then
     without what was said before (reworded)."""
     examples = []
-    for example in corrections * (1 + n_others // (1 + 4 * len(corrections))):
+    times = 1 + n_others // (1 + 4 * len(corrections))
+    for example in corrections * times:
         question, answer = example.chosen[-2:]
         asked = Message("user", reworded(question.text, answer.text))
         if asked != question:
@@ -306,17 +317,18 @@ def enough_of(corrections, n_others):
     return examples
 
 def preferences_of(examples, ask=None):
-    """Questions and answers -> preferences, of each the first question: the answer is chosen, what
-    the model says itself, by ask(examples, temperature), is rejected if it is wrong: made up, or "I
-    do not know that." of what it was told. Other rejected ones have no weight, nor has any if the
-    model is not asked: such examples only keep the rest as it is."""
+    """Questions and answers -> preferences, one for the first question of each. Its answer is
+    chosen; what the model says itself, by ask(examples, temperature), is rejected if it differs:
+    made up, or "I do not know that." of what it was told. If it does not, or nobody is asked, no
+    token of the rejected one is trained: then its log-probability counts as 0, and the example only
+    holds the chosen one where it is."""
     known, unknown = [], []
     for example in examples:
         question, answer = example.chosen[:2]
         if answer.trained:
             alike = unknown if answer.text == DONT_KNOW else known
             alike.append(replace(example, dialogues=[[question, answer]]))
-    kept = known[:1300] + unknown[:1050]
+    kept = known[:1300] + unknown[:1050]  # what fits into a minute, about as often as in training
     said = ask(kept, 1.2) if ask else [""] * len(kept)
 
     preferences = []
@@ -372,6 +384,15 @@ class Config(gpt.Config):
     max_steps: int = setting(2400, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 5 % of it [--dpo: 3e-4]")
 
+def warn_of_another_base(path, about):
+    """That a chat model is of none of the bases beside it, say so: they were trained anew since."""
+    bases = set()
+    for base in path.parent.glob("base*.npz"):
+        with suppress(InputError):  # it is only for the message
+            bases.add(zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]))
+    if bases and about["base"] not in bases:
+        say(f"{path} comes from another base than lies beside it now")
+
 def make_if_missing(path, script):
     """Have script, a main, make or finish a default input; it is None for one that was named."""
     if script and not path.exists():
@@ -379,12 +400,7 @@ def make_if_missing(path, script):
         return script([])
     about = gpt.load_checkpoint(path)[1]
     if "base" in about:
-        bases = set()
-        for base in path.parent.glob("base*.npz"):
-            with suppress(InputError):  # it is only for the message
-                bases.add(zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]))
-        if bases and about["base"] not in bases:
-            say(f"{path} comes from another base than lies beside it now")
+        warn_of_another_base(path, about)
     if script and about["step"] < about["config"]["max_steps"]:
         say(f"{path} is unfinished: going on with it")
         script(["--resume"])
@@ -411,55 +427,68 @@ def text_to_replay(cfg, about, tokenizer):
     say(f"{cfg.data_dir} is not the text of {cfg.init}, so none of it is replayed")
     return []
 
+def with_replayed(batch, old_x, old_y, old_w):
+    """Rows of text below those of a batch; of a reference, which DPO has too, they have none."""
+    x, y, w, *reference = batch
+    x = np.concatenate([x, old_x])
+    y = np.concatenate([y, old_y])
+    w = np.concatenate([w, old_w])
+    return [x, y, w, *reference]
+
 def held_out_loss(objective, batches, params):
     """-> (mean loss, no bits a byte), as gpt.train takes it; of nothing, nothing."""
     if not batches:
-        return "", ""
+        return None, None
     sums = [objective(params, batch, None) for batch in batches]
     total, number = np.sum(jax.device_get(sums), 0)
     return float(total / number), ""
 
-def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
+def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
-    or, given the parameters before, the reference, by DPO."""
-    data = zlib.crc32(rows)
-    if before:
-        data = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], data)
+    or, with the parameters of a reference, by DPO."""
+    by_dpo = reference_params is not None
+    checksum = zlib.crc32(rows)
+    if by_dpo:
+        checksum = zlib.crc32(reference_params["blocks"][0]["attn"]["wqkv"], checksum)
     held_out, rows = np.split(rows, [n_held])
     text = text_to_replay(cfg, about, tokenizer)
-    part = 4 if before else 8  # what a few corrections change is kept more firmly
-    n_old = (cfg.batch_size + part // 2) // part if len(text) else 0  # arXiv 2503.21676
+    # Some rows of each batch are pretraining text, so that it is not forgotten (arXiv 2503.21676);
+    # more where a few corrections are to change nothing else.
+    part = 1 / 4 if by_dpo else 1 / 8
+    n_old = int(cfg.batch_size * part + 0.5) if len(text) else 0
     n_new = cfg.batch_size - n_old
-    seen = np.isin(np.arange(cfg.vocab_size), text)  # fixed, or names never asked fall behind
-    loss = dpo_loss if before else gpt.loss
-    reference = jax.jit(partial(log_probs, cfg=cfg))
+    # The embedding of each token of that text is held fixed: those of names that are asked about
+    # would move, and those that never are would be left behind.
+    frozen = np.isin(np.arange(cfg.vocab_size), text)
+    loss = dpo_loss if by_dpo else gpt.loss
+    reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
 
     @jax.jit
     def objective(params, batch, key):
         fixed = jax.lax.stop_gradient(params["wte"])
-        wte = jnp.where(seen[:, None], fixed, params["wte"])
+        wte = jnp.where(frozen[:, None], fixed, params["wte"])
         return loss(params | {"wte": wte}, batch, key, cfg)
 
     def batch_of(some):
         x, y, w = some.reshape(-1, 3, cfg.block_size).swapaxes(0, 1)
         batch = [np.int32(x), np.int32(y), np.float32(w)]
-        return [*batch, reference(before, *batch)] if before else batch
+        return [*batch, reference_log_probs(reference_params, *batch)] if by_dpo else batch
 
     def batch_at(number):
         places = np.arange(n_new) + number * n_new  # the next so many; they have been shuffled
         batch = batch_of(rows.take(places, 0, mode="wrap"))
-        if n_old:  # it comes after the answers; a reference, batch[3], has none of it
+        if n_old:
             replayed = gpt.random_batch(text, n_old, cfg.block_size, cfg.seed, number)
-            batch[:3] = map(np.concatenate, zip(batch, replayed))
+            return with_replayed(batch, *replayed)
         return batch
 
     parts = np.array_split(held_out, n_held // 32 + 1) if n_held else []  # at most of two sizes
     validate = partial(held_out_loss, objective, [batch_of(part) for part in parts])
     if not cfg.resume:
-        about["data"] = data
+        about["data"] = checksum
         if parts:
             say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
-    if about["data"] != data:
+    if about["data"] != checksum:
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
 
@@ -494,30 +523,31 @@ def learn_preferences(cfg, tokenizer, path, pairs, preferences, test):
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    dpo = cfg.dpo is not None
-    path = Path(cfg.out_dir, "dpo.npz" if dpo else "chat.npz")
+    by_dpo = cfg.dpo is not None  # "" stands for the corrections, else it is a file
+    path = Path(cfg.out_dir, "dpo.npz" if by_dpo else "chat.npz")
     if cfg.resume:
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
-    elif dpo:
+    elif by_dpo:
         cfg = replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
 
     # Read now: a pretraining would be in vain.
     pairs = read_examples(cfg.pairs)
     test = read_examples(cfg.eval)
     preferences = read_examples([cfg.dpo], PREFERENCE) if cfg.dpo else []
-    only_test = test and not (pairs or dpo or cfg.resume)
+    only_test = test and not (pairs or by_dpo or cfg.resume)
     if not cfg.resume:
-        default = ("chat.npz", main) if dpo or only_test else ("base.npz", gpt.main)
-        cfg, state, about, tokenizer = begin(cfg, given, *default)
+        wanted, script = ("chat.npz", main) if by_dpo or only_test else ("base.npz", gpt.main)
+        cfg, state, about, tokenizer = begin(cfg, given, wanted, script)
     gpt.join(cfg)
     gpt.check_device(cfg.dropout)
 
-    before = None
     if only_test:
         return examine([state["params"]], cfg, tokenizer, test)
-    if dpo:
-        examples, test, before = learn_preferences(cfg, tokenizer, path, pairs, preferences, test)
+    reference_params = None
+    if by_dpo:
+        examples, test, reference_params = learn_preferences(
+            cfg, tokenizer, path, pairs, preferences, test)
     else:
         examples, test = learn_answers(cfg, pairs, test)
     if not examples:
@@ -528,12 +558,12 @@ def main(argv):
         return say("\n".join(show(row, tokenizer) for row in np.concatenate(rows[:cfg.show])))
 
     rows = np.random.default_rng(cfg.seed).permutation(rows)
-    is_own = preferences or pairs and not dpo  # then some are held out, to measure with
-    n_held = min(len(rows) // 20, 512) if is_own else 0
+    own = preferences if by_dpo else pairs  # the user's; the built-in ones have a test
+    n_held = min(len(rows) // 20, 512) if own else 0
     say(f"{len(rows)} examples, {n_held} of them held out, {rows[:, :, 2].sum()} trained tokens")
-    params = fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before)
+    params = fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params)
     if test:
-        examine([before, params] if dpo else [params], cfg, tokenizer, test)
+        examine([reference_params, params] if by_dpo else [params], cfg, tokenizer, test)
     say(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 if __name__ == "__main__":

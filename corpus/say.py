@@ -1,5 +1,18 @@
 """How things are said: the wordings in corpus/wordings.csv and corpus/topics.csv, put together by
-chance. Each row is a wording, what it is about (a capital, any thing) and its use (a question)."""
+chance. A row has what it is about (a capital, a topic, any thing), its use and the wording:
+
+    about    use                wording
+    capital  statement          The capital of {x} is {v}.    the first is the answer, too
+    any      not known          {noun} is not known.
+    capital  question           Where is the government of {x}?
+    any      question           Say {noun}.
+    any      noun               the {name} of {x}
+    capital  name               capital
+    capital  follow-up          What city is its capital?
+    any      follow-up subject  And {x}?
+    any      prefix, suffix     Quick question:               words around a question
+
+Of uses that begin with "new" (new question, new prefix), and "two words", only the test has any."""
 import csv, pathlib, random, re, unicodedata, zlib
 from collections import defaultdict
 
@@ -16,8 +29,9 @@ for row in read_csv("wordings.csv") + read_csv("topics.csv"):
 def wording(use, about="any"):
     """A wording of its own or, if it has a name, one for any. A {part} is worded in turn:
     "Say {noun}." -> "Say the {name} of {x}." -> "Say the capital of {x}." """
+    own = SAY[about, use]
     shared = SAY["any", use] if SAY[about, "name"] else []
-    some = list(filter(None, [SAY[about, use], shared])) or [SAY[about, "question"]]
+    some = [wordings for wordings in (own, shared) if wordings] or [SAY[about, "question"]]
     text = rng.choice(rng.choice(some))
     return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], about), text)
 
@@ -39,9 +53,9 @@ def slips_in(word):
     doubled: "cap" -> "acp", "ap", "ccap", "cpa" ..."""
     for i in range(len(word) - 1):
         a, b = word[i:i + 2]
-        for slip in (b + a, b, a + a + b):
-            if slip != a + b:
-                yield word[:i] + slip + word[i + 2:]
+        for typed in (b + a, b, a + a + b):
+            if typed != a + b:
+                yield word[:i] + typed + word[i + 2:]
 
 def slip(text, for_test=False):
     """The text with a slip in one of its longer words; a quarter of all slips is for the test.
@@ -49,9 +63,15 @@ def slip(text, for_test=False):
     words = re.findall(r"[^\W\d_]{4,}", text) or [""]
     if not for_test:
         words = [max(rng.choices(words, k=2), key=len)]
-    slips = [(word, slip) for word in words for slip in slips_in(word)
-             if for_test == (zlib.crc32(slip.lower().encode()) % 4 == 0)]
+    slips = [(word, typed) for word in words for typed in slips_in(word)
+             if for_test == (zlib.crc32(typed.lower().encode()) % 4 == 0)]
     return text.replace(*rng.choice(slips), 1) if slips else text
+
+def as_typed(name):
+    """A name as people type it: at times without "the", at times with a capital letter ("Gold")."""
+    if rng.random() < 0.2:
+        name = name.removeprefix("the ")
+    return name[0].upper() + name[1:] if rng.random() < 0.1 else name
 
 def state(x, a, v):
     """A sentence as people write it: that v is the a of x; without v, that it is not known; about
@@ -60,17 +80,15 @@ def state(x, a, v):
         template = rng.choice(SAY[a, "statement"])
     else:
         template = wording("not known", a)
-    return careless(fill(template, x, v))
+    return careless(fill(template, as_typed(x), v))
 
 def ask(x, a, use="question", slips=0.0):
-    """A question as people type it: some with a slip, with words before or after it, without "the",
-    without its mark, with a capital letter for "Gold"."""
-    name = x.removeprefix("the ") if rng.random() < 0.2 else x
-    name = name[0].upper() + name[1:] if rng.random() < 0.1 else name
+    """A question as people type it: some with a slip, with words before or after it, without its
+    mark."""
     question = wording(use, a)
     if rng.random() < slips:
         question = slip(question)  # not in the name: that would blur what is unknown
-    question = fill(question, name)
+    question = fill(question, as_typed(x))
     if rng.random() < 0.3:
         question = f"{wording('prefix')} {question[0].lower()}{question[1:]}"
     if rng.random() < 0.25:

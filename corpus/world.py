@@ -1,7 +1,8 @@
-"""The built-in corpus: documents that tell facts about countries and elements, and questions,
-some of which nobody told the answer to. prepare.py runs it when it is given no text. How all
-this is worded is in corpus/say.py."""
-import re
+"""The built-in corpus: documents that tell facts, and questions, some of which nobody told the
+answer to. prepare.py runs it when it is given no text. How all this is worded is in corpus/say.py.
+
+A subject x is a country, a capital or an element; an attribute a is what is told or asked of it."""
+import math, re
 from collections import defaultdict
 
 from corpus.say import SAY, ask, ask_in_haste, fill, read_csv, rng, state
@@ -12,18 +13,19 @@ KINDS = {
 }
 ATTRIBUTES = KINDS["country"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
-SHARES = {  # of the questions to train on; U is what nobody told
-    "A": 27,
-    "small talk": 1.5,
-    "U, mentioned": 1,
-    "U, nowhere, real": 3.5,
-    "U, nowhere, made up": 1.5,
-    "U, cannot have": 2.5,
-    "U, other matters": 10,
+SHARES = {  # of the questions to train on
+    "A": 27,  # told: the capital of Peru
+    "small talk": 1.5,  # Hello
+    # U is what nobody told:
+    "U, mentioned": 1,  # the capital of Bavaria, which documents name, but tell nothing about
+    "U, nowhere, real": 3.5,  # the capital of Texas; in training one document says: not known
+    "U, nowhere, made up": 1.5,  # the capital of Tovania; of others documents say: not known
+    "U, cannot have": 2.5,  # the capital of gold
+    "U, other matters": 10,  # the king of Peru; Who wrote Hamlet?
 }
 
 def subjects_of(row):
-    """A row of world.csv -> {name: {attribute: value}} of what it is about and of its capital.
+    """A row of world.csv -> {subject: {attribute: value}}: a country and its capital, or an element.
     A cell may hold several names, the one for answers first: "Kyiv; Kiev"."""
     names = row["name"].split("; ")
     facts = {a: row[a].split("; ")[0] for a in ATTRIBUTES if row.get(a)}
@@ -78,13 +80,15 @@ def reworded(question, statement):
         values = {facts.get(a) for facts in FACTS.values()}
         for template in SAY[a, "statement"]:
             found = re.fullmatch(fill(template, "(?P<x>.+)", "(?P<v>.+)"), statement)
-            # "Paris is in France." tells of no continent: it neither names that nor is one in it.
-            if found and (a in template or found["v"] in values) and rng.random() < 0.5:
+            # "Paris is in France." looks like "{x} is in {v}.", of continents; but France is none.
+            is_of_a = found and (a in template or found["v"] in values)
+            if is_of_a and rng.random() < 0.5:
                 return ask(found["x"], a)
     return question
 
 def means_country(x, a):
-    """Of a capital, "Where is it?" asks for the country; its continent nobody tells."""
+    """Whether a question about x's continent, "Where is it?", may mean its country: of a capital
+    that is told, its continent is not."""
     return a == "continent" and [*FACTS.get(x, ())] == ["country"]
 
 LONGEST = 190  # characters of a conversation; the 64 tokens that the model sees hold about so many
@@ -112,39 +116,55 @@ def conversation(pools):
             return {"messages": messages}
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
 
+def tell_known(row, group, pools):
+    """-> documents about the subjects of a row; what is asked of them goes into the pools."""
+    documents = []
+    for x, facts in subjects_of(row).items():
+        documents += [tell(x, facts) for _ in range(18 + 3 * len(facts))]
+        documents += [tell(x, ATTRIBUTES) for _ in range(3)]
+        for a in ATTRIBUTES:
+            if a in facts:
+                # Of one or two they come twice, so that each attribute is asked as often.
+                pools[group] += [(x, a)] * (2 if len(facts) < 3 else 1)
+            elif not means_country(x, a):
+                pools["U, cannot have"].append((x, a))
+    return documents
+
+def tell_unknown(row, never_asked, train, test):
+    """-> documents about a name of unknowns.csv. A third of them is for the test; so are those with
+    a word of B's: declining El Dorado would teach to decline El Salvador."""
+    x, attributes = row["name"], KINDS[row["kind"]]
+    mentioned = rng.random() < 0.2
+    documents = [tell(x, []) for _ in range(6)] if mentioned else []
+    pools = rng.choice([train, train, test])
+    if never_asked & {*x.split()}:
+        pools = test
+    pools["U, mentioned" if mentioned else "U, nowhere, real"] += [(x, a) for a in attributes]
+    if pools is train:
+        documents.append(tell(x, attributes))
+    return documents
+
 def divide(tell_b):
     """-> (documents, what to train on, what to test with: {set: [(subject, attribute), ...]}).
     A is told and asked, B told (but in the control) and never asked; U is unknown."""
     documents, train, test = [], defaultdict(list), defaultdict(list)
-    never_asked = set()
-    for i, row in enumerate(rng.sample(WORLD, len(WORLD))):
-        group, pools = ("B", test) if i < 0.15 * len(WORLD) else ("A", train)
-        for x, facts in subjects_of(row).items():
-            if group == "B":
-                never_asked |= {*x.split()}
-            told = [tell(x, facts) for _ in range(18 + 3 * len(facts))]
-            told += [tell(x, ATTRIBUTES) for _ in range(3)]
-            documents += told if group == "A" or tell_b else []
-            for a in ATTRIBUTES:
-                if a in facts:  # one fact or two come twice: each attribute then as often
-                    pools[group] += [(x, a)] * (1 + (len(facts) < 3))
-                elif not means_country(x, a):
-                    pools["U, cannot have"].append((x, a))
+    shuffled = rng.sample(WORLD, len(WORLD))
+    n_b = math.ceil(0.15 * len(WORLD))
+    for row in shuffled[:n_b]:
+        told = tell_known(row, "B", test)
+        documents += told if tell_b else []
+    for row in shuffled[n_b:]:
+        documents += tell_known(row, "A", train)
+    never_asked = {word for x, _ in test["B"] for word in x.split()}
     for row in UNKNOWN:
-        x, mentioned = row["name"], rng.random() < 0.2
-        if mentioned:
-            documents += [tell(x, []) for _ in range(6)]
-        name = "U, mentioned" if mentioned else "U, nowhere, real"
-        pools = rng.choice([train, train, test])
-        if never_asked & {*x.split()}:  # declining El Dorado would teach to decline El Salvador
-            pools = test
-        pools[name] += [(x, a) for a in KINDS[row["kind"]]]
-        if pools is train:
-            documents.append(tell(x, KINDS[row["kind"]]))
+        documents += tell_unknown(row, never_asked, train, test)
+
     for topic in TOPICS:
-        name = "small talk" if SAY[topic, "reply"] else "U, other matters"
-        pools = test if name != "small talk" and rng.random() < 0.1 else train
+        is_small_talk = bool(SAY[topic, "reply"])
+        pools = train if is_small_talk or rng.random() >= 0.1 else test
+        name = "small talk" if is_small_talk else "U, other matters"
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
+
     for kind, attributes in KINDS.items():
         documents += [tell(made_up(kind), attributes) for _ in range(300 * len(attributes))]
         for a in attributes * 1000:
