@@ -14,6 +14,7 @@ from pathlib import Path
 import gpt
 import numpy as np
 import sft
+from sft import Message
 from prepare import END, InputError, printable, read_flags, run, setting, whole_file
 
 HELP = """/reset forgets the conversation, /probs shows how sure it was of each token of its answer,
@@ -24,7 +25,7 @@ SETTINGS = {*SAMPLING, "max_new_tokens", "seed"}  # that can be changed while it
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional="checkpoint")
+    checkpoint: str = setting("", "nothing: out/chat.npz", nargs="?", positional=True)
     prompt: str = setting(None, "answer or continue this text and stop")
     temperature: float = setting(None, "0: the likeliest token; [0 to answer, else 0.8]", high=100)
     top_k: int = setting(0, "sample from the k likeliest tokens; 0 means all")
@@ -46,10 +47,13 @@ def load(path):
     """-> reply(messages, cfg, seen): pieces, never half a character, of a chat model's answer, or
     of the last text and how a base model continues it. Each token's probability goes to seen."""
     state, about, model, tokenizer = gpt.load_checkpoint(path)
-    generate, answers, T = gpt.make_generator(model), about["kind"] == "chat", model.block_size
+    generate = gpt.make_generator(model)
+    answers = about["kind"] == "chat"
+    T = model.block_size
 
     def new_ids(ids, cfg, seen):
-        rng, how = np.random.default_rng(cfg.seed), {name: getattr(cfg, name) for name in SAMPLING}
+        rng = np.random.default_rng(cfg.seed)
+        how = {name: getattr(cfg, name) for name in SAMPLING}
         if cfg.temperature is None:
             how["temperature"] = 0.0 if answers else 0.8
         for [id], [logits] in generate(state["params"], [ids], cfg.max_new_tokens, rng, **how):
@@ -58,20 +62,25 @@ def load(path):
             yield id
 
     def reply(messages, cfg, seen):
-        text = "" if answers else messages[-1][1]
-        ids = prompt_ids(messages, tokenizer, T) if answers else [END, *tokenizer.encode(text)]
-        question = messages[-1][1]
-        if answers and sft.as_read(question) != question:
-            seen.append(f"read as {sft.as_read(question)!r}")
+        text = messages[-1].text
+        if answers:
+            ids = prompt_ids(messages, tokenizer, T)
+            if sft.as_read(text) != text:
+                seen.append(f"read as {sft.as_read(text)!r}")
+        else:
+            ids = [END, *tokenizer.encode(text)]  # a document begins with the text
         pieces = tokenizer.stream(new_ids(ids, cfg, seen))
-        yield text or next(pieces, "").removeprefix(" ")  # render() puts a space before an answer
+        if answers:
+            yield next(pieces, "").removeprefix(" ")  # render() puts a space before an answer
+        else:
+            yield text
         yield from pieces
 
     return reply
 
 def correct(messages, better, path):
     """Add what the last answer should have been to a file, whole or not at all, as trl has it."""
-    if not messages or not messages[-1][1] or not better:
+    if not messages or not messages[-1].text or not better:
         raise InputError("/better TEXT says what the last answer should have been")
     *prompt, last = [{"role": role, "content": text} for role, text, _ in messages]
     line = {"prompt": prompt, "chosen": [last | {"content": better}], "rejected": [last]}
@@ -92,7 +101,9 @@ def typed():
             with suppress(OSError):  # Windows cannot tell what has arrived
                 while select.select([sys.stdin], [], [], 0.02)[0]:
                     text += "\n" + input()
-            yield from filter(None, map(str.strip, re.findall(r"(?m)^/.*|(?:^[^/].*\n?)+", text)))
+            # A line that begins with "/", or as many lines as possible that do not.
+            parts = re.findall(r"(?m)^/.*|(?:^[^/].*\n?)+", text)
+            yield from filter(None, map(str.strip, parts))
         except KeyboardInterrupt:
             print()
         except EOFError:
@@ -120,12 +131,12 @@ def converse(reply, cfg, path):
                 new, given = read_flags(Config, [f"--{command[1:]}", value], __doc__)
                 cfg = replace(cfg, **{name: getattr(new, name) for name in given})
             else:
-                asked, shown, seen = [*messages, ("user", line, False)], [], []
-                said = ""
+                asked = [*messages, Message("user", line)]  # the oldest may go, see prompt_ids
+                shown, seen, said = [], [], ""
                 for piece in reply(asked, cfg, seen):
                     print(printable(piece), end="", flush=True)
                     said += piece
-                    shown = [*asked, ("assistant", said, True)]
+                    shown = [*asked, Message("assistant", said)]
                 print()
                 messages = shown
         except (InputError, OSError, KeyboardInterrupt) as e:  # Ctrl-C says nothing
@@ -138,7 +149,7 @@ def answer_lines(reply, cfg):
         if "\ufffd" in line:
             print(f"standard input:{number}: not all of it is UTF-8", file=sys.stderr)
         try:
-            said = "".join(reply([("user", line.strip(), False)], cfg, []))
+            said = "".join(reply([Message("user", line.strip())], cfg, []))
         except InputError as e:
             print(f"error: standard input:{number}: {e}", file=sys.stderr)
         print(printable(said).replace("\n", " "), flush=True)
@@ -151,7 +162,7 @@ def main(argv):
     gpt.check_device()
     reply = load(path)
     if cfg.prompt is not None:
-        return print(printable("".join(reply([("user", cfg.prompt, False)], cfg, []))))
+        return print(printable("".join(reply([Message("user", cfg.prompt)], cfg, []))))
     if not sys.stdin.isatty():
         return answer_lines(reply, cfg)
     with suppress(ImportError):

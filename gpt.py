@@ -643,7 +643,7 @@ def speed_of(ticks, cfg):
     seconds = np.median(np.diff(ticks[-cfg.log_every - 1:]))
     return round(tokens_a_step(cfg) / max(1e-9, seconds))
 
-def report(cfg, about, path, stays):
+def write_row(cfg, about, path, stays):
     """The last row of the log onto the screen, and into the file if that is possible."""
     row = about["log"][-1]
     with suppress(OSError), open(log_of(path) if writes() else os.devnull, "a") as file:
@@ -689,9 +689,9 @@ def begin_afresh(state, about):
     return new_state(state["params"])
 
 def train(cfg, state, about, objective, batch_at, validate, path):
-    """Train from about["step"] to cfg.max_steps -> state. Pretraining, fine-tuning and DPO differ in
-    objective(params, batch, key), batch_at(number), a micro-batch, and validate(params) -> (loss,
-    bits a byte). Everything random is a function of (seed, step)."""
+    """Train from about["step"] to cfg.max_steps -> state. Pretraining, fine-tuning and DPO differ
+    in objective(params, batch, key), batch_at(number), a micro-batch, and validate(params) ->
+    (loss, bits a byte). Everything random is a function of (seed, step)."""
     if not cfg.resume:
         state = begin_afresh(state, about)
     about.setdefault("best", [0, None, None])  # older checkpoints have none
@@ -730,7 +730,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             if last or due or done == 1 or done % cfg.log_every == 0:
                 row = Row(done, value, nats, bits, rate, speed_of(ticks, cfg), about["seconds"])
                 about["log"].append(row)
-                report(cfg, about, path, stays=last or due)
+                write_row(cfg, about, path, stays=last or due)
             if last or due:
                 best = lower(about["best"], [done, nats, bits])
                 saved = save(cfg, path, state, about, best, must=last)

@@ -291,7 +291,7 @@ def files_in(paths):
     report()
     return [*found.values()]
 
-def text_of(record, source):
+def document_of(record, source):
     """A record of JSON -> the document that it is or has as "text", and the mark of its end."""
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         not_used.update(record.keys() - {"text"})
@@ -307,7 +307,7 @@ def texts_of(path):
     lines, ahead = itertools.tee(read_lines(path))
     first = next((line for line, _ in ahead if line.strip()), "")
     if JSON_BEGINS.match(first):
-        return ((text_of(record, source), source) for record, source in read_json(lines))
+        return ((document_of(record, source), source) for record, source in read_json(lines))
     if re.search(r"\.(csv|tsv|jsonl?)$", path, re.I):
         say(f"{path}: not JSON, so it is read as it stands, with its quotes and commas")
     return lines
@@ -346,8 +346,8 @@ def frequent_words(lines, n_bytes, vocab_size):
     """Lines of JSON, [text, ...] -> {word: how often it is there}, in about 16 MB of them."""
     words = Counter()
     for number, line in enumerate(lines):
-        # Multiples of the golden ratio lie evenly between 0 and 1. Every n-th line would be wrong for
-        # a text with an order, as of two languages in turn.
+        # Multiples of the golden ratio lie evenly between 0 and 1. Every n-th line would be wrong
+        # for a text with an order, as of two languages in turn.
         if number * 0.618034 % 1 < ENOUGH / n_bytes:
             words.update(WORD.findall(json.loads(line)[0]))
     return dict(words.most_common(max(1 << 14, 4 * vocab_size)))
@@ -425,7 +425,7 @@ def setting(default, help, low=0, high=1e9, **arg):
 
 @dataclass(frozen=True)
 class Settings:
-    inputs: str = setting((), "text; nothing: the built-in corpus", nargs="*", positional="inputs")
+    inputs: str = setting((), "text; nothing: the built-in corpus", nargs="*", positional=True)
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
     vocab_size: int = setting(None, "tokens; by default as the text needs", FIRST_MERGE, 1 << 16)
     tokenizer: str = setting("", "use that of this tokenizer.json or checkpoint, to go on with it")
@@ -522,7 +522,8 @@ def read_flags(settings_class, argv, doc):
     known = {f.name: f for f in fields(settings_class) if f.metadata}
     for name, f in known.items():
         arg = f.metadata["arg"] | ({"action": "store_true"} if f.type is bool else {"type": f.type})
-        parser.add_argument(arg.pop("positional", f"--{name}"), **arg)
+        is_positional = arg.pop("positional", False)
+        parser.add_argument(name if is_positional else f"--{name}", **arg)
     try:
         found, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:

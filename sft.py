@@ -274,12 +274,12 @@ def dpo_loss(params, batch, key, cfg):
     n = len(reference)
     logp = log_probs(params, x, y, w, cfg, key)  # (N,)
     per_token = logp / jnp.maximum(1, w.sum(-1))
-    gain = cfg.beta * (logp[:n] - reference)
-    margin = gain[0::2] - gain[1::2]  # (n / 2,): of the chosen over the rejected
+    chosen, rejected = (cfg.beta * (logp[:n] - reference)).reshape(-1, 2).T  # (n / 2,) each
+    margin = chosen - rejected
     # -log sigmoid(margin) = log(1 + exp(-margin)), so that it cannot overflow, as Metal can.
     top = jnp.maximum(0, -margin)
     preference = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
-    imitation = -per_token[:n:2]
+    imitation = -per_token[:n].reshape(-1, 2)[:, 0]
     replay = -per_token[n:].mean() if n < len(x) else 0
     return (preference + imitation + replay).sum(), jnp.float32(n // 2)
 
@@ -373,7 +373,7 @@ def learn_corrections(cfg, about, tokenizer, before, pairs, test):
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
 class Config(gpt.Config):
-    pairs: str = setting((), "questions and answers [built-in ones]", nargs="*", positional="pairs")
+    pairs: str = setting((), "questions and answers [built-in ones]", nargs="*", positional=True)
     init: str = setting("", "checkpoint to start from; nothing: out/base.npz, for DPO chat.npz")
     eval: str = setting((), "questions to test with; without pairs nothing is trained", nargs=1)
     show: int = setting(0, "print this many examples with what is trained, and stop")

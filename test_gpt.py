@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
@@ -25,13 +26,10 @@ from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
 pytestmark = pytest.mark.filterwarnings("error")  # deprecations too
 jax.config.update("jax_numpy_rank_promotion", "raise")
 gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)  # its gain alone meets more dimensions
-parametrize, approx = pytest.mark.parametrize, pytest.approx
+parametrize = pytest.mark.parametrize
+param = pytest.param  # one case
+approx = pytest.approx
 only_posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals and terminals")
-
-def rows(table, n):
-    """Cells, n in a row; between them stands " | " or a line ends."""
-    cells = re.split(r" \| |\n", table.strip("\n"))
-    return [cells[i:i + n] for i in range(0, len(cells), n)]
 
 # ---------------------------------------------------------------- the NumPy twin
 B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one another
@@ -119,25 +117,33 @@ def assert_close(a, b, tolerance):
 @parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, monkeypatch):
     monkeypatch.setattr(gpt, "QUERIES", queries)  # in one block of queries, and in three
-    cfg, twins, rounded = replace(CFG, dtype=dtype), np.array(LOGITS), dtype == "bfloat16"
+    cfg = replace(CFG, dtype=dtype)
+    twins = np.array(LOGITS)
     logits = gpt.logits_of(PARAMS, gpt.forward(PARAMS, X, cfg)[0], cfg)
     assert_close(logits, twins, near)
-    assert (np.abs(logits - twins).max() > 1e-3) == (rounded and not gpt.on_metal())
+    is_rounded = dtype == "bfloat16" and not gpt.on_metal()
+    assert (np.abs(logits - twins).max() > 1e-3) == is_rounded
     objective = jax.jit(jax.value_and_grad(partial(gpt.loss, cfg=cfg), has_aux=True))
     (total, count), gradient = objective(PARAMS, BATCH, None)
     assert total == approx(sum(LOSSES), rel=near / 5) and count == W.sum()
     assert_close(gradient, GRADIENT, near)
 
 def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_key():
-    cfg, ones = replace(CFG, dropout=0.25), np.ones((99, 99), np.float32)
-    a, elsewhere, other = (np.asarray(gpt.drop(ones, cfg, np.uint32([0, key]), place))
-                           for key, place in [(1, 5), (1, 6), (2, 5)])
-    assert (a != elsewhere).any() and (a != other).any() and gpt.drop(ones, cfg, None, 5) is ones
-    assert np.unique(a) == approx([0, 4 / 3]) and abs(a.mean() - 1) < 0.02
+    cfg = replace(CFG, dropout=0.25)
+    ones = np.ones((99, 99), np.float32)
+    def dropped(key, place):
+        return np.asarray(gpt.drop(ones, cfg, np.uint32([0, key]), place))
+    here = dropped(1, 5)
+    assert (here != dropped(1, 6)).any()
+    assert (here != dropped(2, 5)).any()
+    assert gpt.drop(ones, cfg, None, 5) is ones
+    assert np.unique(here) == approx([0, 4 / 3])
+    assert abs(here.mean() - 1) < 0.02
 
 def test_adam_equals_its_closed_form_with_decay_and_clipping():
     """Its means are those of all gradients so far, each with weight beta^age."""
-    params, past = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}, {"matrix": [], "gain": []}
+    params = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}
+    past = {"matrix": [], "gain": []}  # gradients
     state = gpt.new_state(dict(params))
     for t in range(5):
         grads = tree.map(lambda p: RNG.normal(size=p.shape) * 10.0 ** (t - 2), params)
@@ -147,20 +153,27 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping():
         age = np.arange(t, -1, -1)  # of past[0], past[1], ...
         for name, p in params.items():
             gs = past[name] = [*past[name], grads[name] / max(1, length)]
-            mean, square = np.average(gs, 0, 0.9**age), np.average(np.square(gs), 0, 0.99**age)
+            mean = np.average(gs, 0, 0.9**age)
+            square = np.average(np.square(gs), 0, 0.99**age)
             decay = 0.1 * p * (square > 0) if name == "matrix" else 0
             params[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
     assert_close(state["params"], params, 1e-5)
 
 def test_the_learning_rate_warms_up_and_falls_to_a_twentieth():
     cfg = gpt.Config(learning_rate=1.0, warmup=10 / 110, max_steps=110)
-    assert [gpt.learning_rate(n, cfg) for n in (0, 10, 60, 110)] == approx([1 / 11, 1, 0.525, 0.05])
+    rates = [gpt.learning_rate(n, cfg) for n in (0, 10, 60, 110)]
+    assert rates == approx([1 / 11, 1, 0.525, 0.05])
 
-@parametrize("micro, shard", [(1, False), (3, False), (3, True)])  # 6 devices, 2
+@parametrize("micro, shard", [
+    param(1, False, id="a batch on 6 devices"),
+    param(3, False, id="three micro-batches, each on 2 devices"),
+    param(3, True, id="the same with split parameters"),
+])
 def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(micro, shard):
     cfg = replace(CFG, batch_size=B // micro, grad_accum=micro, shard_params=shard, grad_clip=0)
-    before, objective = gpt.new_state(PARAMS), partial(gpt.loss, cfg=cfg)
-    home, devices = gpt.placements_of(before, cfg), gpt.placements(cfg.batch_size)[0].mesh.size
+    before = gpt.new_state(PARAMS)
+    home = gpt.placements_of(before, cfg)
+    objective = partial(gpt.loss, cfg=cfg)
     for weight in (0, 1):  # a batch without weights has gradient zero, not NaN
         parts = zip(*(np.split(a, micro) for a in (X, Y, weight * W)))
         step = gpt.make_step(objective, dict(enumerate(parts, 4 * micro)).get, cfg, home)
@@ -169,13 +182,15 @@ def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(
         assert float(mean) == approx(share * sum(LOSSES), rel=1e-5)
         gradient = tree.map(lambda g: np.float32(g * share), GRADIENT)
         assert_close(state, gpt.adam(before, gradient, 5.0, 0.01, cfg), 1e-3)
+    n_parts = gpt.placements(cfg.batch_size)[0].mesh.size if shard else 1
     for a in tree.leaves(state):  # split: to each device its part of the memory
-        assert a.addressable_shards[0].data.nbytes * (devices if shard else 1) == a.nbytes
+        assert a.addressable_shards[0].data.nbytes * n_parts == a.nbytes
 
 def test_each_micro_batch_has_a_dropout_key_of_its_own():
     def number_in_key(params, batch, key):
         return key[1] + 0 * params["norm"][0], 1
-    cfg, state = replace(CFG, grad_accum=3), gpt.new_state(PARAMS)
+    cfg = replace(CFG, grad_accum=3)
+    state = gpt.new_state(PARAMS)
     step = gpt.make_step(number_in_key, lambda number: [], cfg, gpt.placements_of(state, cfg))
     assert step(state, 4, 0.01)[1] == 13  # the mean of 12, 13 and 14
 
@@ -186,9 +201,9 @@ def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
     assert len({*numbers}) == len(numbers) == 1 + 2 * L
 
 @parametrize("length, begins", [
-    pytest.param(5, {END, 4}, id="documents that fit a row"),
-    pytest.param(12, {END, *range(4, 12)}, id="documents longer than a row"),
-    pytest.param(40, {END, *range(4, 40)}, id="documents much longer than a row"),
+    param(5, {END, 4}, id="documents that fit a row"),
+    param(12, {END, *range(4, 12)}, id="documents longer than a row"),
+    param(40, {END, *range(4, 40)}, id="documents much longer than a row"),
 ])
 def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length, begins):
     ids = np.arange(1, 401) % length  # documents, such as 1 2 3 4 and then 0, which is END
@@ -198,11 +213,15 @@ def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_oft
     assert {*x[:, 0]} == begins
     often = np.bincount(y.ravel())
     assert often.max() < 2 * often.mean() < 4 * often.min()
-    places = np.arange(1, 401)  # one document: its first token follows an END as well
-    begun = gpt.random_batch(places, 999, 8, 0, 0)
-    assert (begun[0][:, :2] == [END, 1]).all(1).any() and (begun[1][:, 0] == 1).any()
-    assert gpt.random_batch(places, 99, 8, 0, 0)[1].max() > 390  # to the end of the text
-    assert (gpt.random_batch(places, 8, 8, 0, 0)[0] != gpt.random_batch(places, 8, 8, 1, 0)[0]).any()
+
+def test_one_document_is_read_from_an_end_before_it_to_its_last_token_and_by_its_seed():
+    places = np.arange(1, 401)
+    read, targets, _ = gpt.random_batch(places, 999, 8, 0, 0)
+    assert (read[:, :2] == [END, 1]).all(1).any()
+    assert (targets[:, 0] == 1).any()
+    assert targets.max() > 390  # to the end of the text
+    other_seed = gpt.random_batch(places, 999, 8, 1, 0)[0]
+    assert (read != other_seed).any()
 
 def test_validation_is_the_mean_of_the_twins_losses_and_their_bits_for_a_byte():
     ids = TOKENS.ravel()[:5 * T + 1]  # 5 rows; a batch has more
@@ -214,31 +233,39 @@ def test_validation_is_the_mean_of_the_twins_losses_and_their_bits_for_a_byte():
 
 def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(monkeypatch):
     monkeypatch.setattr(gpt, "END", 11)  # that some rows end in
-    prompts = [row[:n].tolist() for row, n in zip(X, [1, 3, T, 2, 5])] + [[11] * (T + 2), [1], [2]]
-    said = [*zip(*(new for new, _ in gpt.make_generator(CFG)(PARAMS, prompts, 3 * T, RNG)))]
+    prompts = [row[:n].tolist() for row, n in zip(X, [1, 3, T, 2, 5])]
+    prompts += [[11] * (T + 2), [1], [2]]
+    steps = [ids for ids, _ in gpt.make_generator(CFG)(PARAMS, prompts, 3 * T, RNG)]
+    said = [*zip(*steps)]  # what each row says
     assert {11 in row for row in said} == {True, False}
     for prompt, new in zip(prompts, said):
         window = prompt[-T:]
         for i, id in enumerate(new):
-            window = window if len(window) <= T else window[-(T // 2 + 1):]
+            if len(window) > T:  # it begins again with its later half
+                window = window[-(T // 2 + 1):]
             likeliest = twin(EXACT, window, window, np.zeros(len(window)))[0][-1].argmax()
             assert id == (11 if 11 in new[:i] else likeliest)
             window = [*window, id]
 
 def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
     def drawn(temperature=1, history=(), **how):
-        logits, rng = np.log([0.5, 0.3, 0.15, 0.05]), np.random.default_rng(0)
+        logits = np.log([0.5, 0.3, 0.15, 0.05])
+        rng = np.random.default_rng(0)
         return Counter(gpt.sample(logits, history, rng, temperature, **how) for _ in range(2000))
-    assert [*drawn(0)] == [*drawn(top_p=0)] == [0] and [*drawn(0, [0], repetition_penalty=2.0)] == [1]
-    assert {*drawn(top_k=2)} == {*drawn(top_p=0.79)} == {0, 1} and {*drawn(top_p=0.81)} == {0, 1, 2}
+    assert {*drawn(0)} == {*drawn(top_p=0)} == {0}
+    assert {*drawn(0, [0], repetition_penalty=2.0)} == {1}
+    assert {*drawn(top_k=2)} == {*drawn(top_p=0.79)} == {0, 1}
+    assert {*drawn(top_p=0.81)} == {0, 1, 2}
     assert gpt.sample([2, 1.5], [0], None, repetition_penalty=2.0) == 1
-    assert abs(drawn()[1] - 600) < 60 and abs(drawn(2)[1] - 587) < 60
+    assert abs(drawn()[1] - 600) < 60
+    assert abs(drawn(2)[1] - 587) < 60
 
 # ---------------------------------------------------------------- tokenizer and examples
 def naive_bpe(words, vocab_size):
     """The definition: before each merge count all pairs; the most frequent, of equals the smallest.
     An id is a character, so that str.replace merges: bytes begin at 3, merges at 259."""
-    words, merges = ["".join(chr(3 + b) for b in word.encode()) for word in words], []
+    words = ["".join(chr(3 + b) for b in word.encode()) for word in words]
+    merges = []
     while 259 + len(merges) < vocab_size:
         count = Counter(pair for word in words for pair in zip(word, word[1:]))
         best = min(count, key=lambda pair: (-count[pair], pair), default=None)
@@ -253,8 +280,10 @@ def tokenizer_of(text, size=320):
 
 TOKENIZER = tokenizer_of("the cat sat on the mat, the hat; user assistant end 1234 naïve café " * 3)
 
-def odd_texts():  # fragments that nest and split the special tokens, among any code points
-    rng, fragments = np.random.default_rng(1), "<| |> user é \U0001f600 12345 'll \ud800 \0".split(" ")
+def odd_texts():
+    """Fragments that nest and split the special tokens, among any code points."""
+    rng = np.random.default_rng(1)
+    fragments = "<| |> user é \U0001f600 12345 'll \ud800 \0".split(" ")
     for top in [0x250, 0x110000] * 200:
         others = [*SPECIAL, " the", "  ", "\n", *map(chr, rng.integers(top, size=14))]
         yield "".join(rng.choice(np.array(fragments + others, object), rng.integers(20)))
@@ -271,9 +300,11 @@ def test_any_text_survives_encoding_and_no_text_becomes_a_special_token():
     for text in odd_texts():
         ids = TOKENIZER.encode(text)
         assert again.decode(ids) == text.encode("utf-8", "replace").decode()
-        assert again.encode(text) == ids and not {END, USER, ASSISTANT} & {*ids}
+        assert again.encode(text) == ids
+        assert not {END, USER, ASSISTANT} & {*ids}
         ids = [*ids, END, *range(200, 250)][::-1]  # also pieces of characters can be streamed
-        assert TOKENIZER.decode(ids) == b"".join(TOKENIZER.bytes[id] for id in ids).decode("utf-8", "replace")
+        pieces = b"".join(TOKENIZER.bytes[id] for id in ids)
+        assert TOKENIZER.decode(ids) == pieces.decode("utf-8", "replace")
 
 @parametrize("text", ["a", " ", "\n ", "한", "東", "e\u0301", "\u0e01\u0e34", "_", "7"])
 def test_hostile_text_takes_linear_time(text):
@@ -294,13 +325,16 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
     ids, trained = sft.render(dialogue(*texts), TOKENIZER)
     q1, a1, q2, a2 = (TOKENIZER.encode(f" {text}") for text in texts)
     assert ids == [USER, *q1, ASSISTANT, *a1, END, USER, *q2, ASSISTANT, *a2, END]
-    (x, y, w), padding = sft.shift(ids, trained, 64), [0] * (65 - len(ids))
-    assert [*x] == ids[:-1] + padding and [*y] == ids[1:] + padding
+    x, y, w = sft.shift(ids, trained, 64)
+    padding = [0] * (65 - len(ids))
+    assert [*x] == ids[:-1] + padding
+    assert [*y] == ids[1:] + padding
     assert [*y[w == 1]] == [*a1, END, *a2, END]  # not what follows an end, not the padding
 
 def test_a_question_all_in_capitals_is_read_in_small_letters():
-    loud, quiet = (sft.render(dialogue(question, "A MAT"), TOKENIZER) for question in ("THE CAT?", "the cat?"))
-    assert loud == quiet != sft.render(dialogue("The cat?", "A MAT"), TOKENIZER)
+    def ids_of(question):
+        return sft.render(dialogue(question, "A MAT"), TOKENIZER)
+    assert ids_of("THE CAT?") == ids_of("the cat?") != ids_of("The cat?")
     assert sft.as_read("NASA?") == "NASA?"
 
 def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
@@ -311,7 +345,8 @@ def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns
     turns = dialogue(*["the cat " * 5, "a mat"] * 20, "the hat?")
     prompts = [sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2)]
     for n in range(48, 96):
-        assert chat.prompt_ids(turns[:], TOKENIZER, n) == next(p for p in prompts if len(p) + 24 <= n)
+        longest_that_fits = next(p for p in prompts if len(p) + 24 <= n)
+        assert chat.prompt_ids(turns[:], TOKENIZER, n) == longest_that_fits
 
 def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     """The batch as pairs of rows, the first of each preferred; the twin gives their losses."""
@@ -336,127 +371,225 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     assert all(np.isfinite(g).all() for g in tree.leaves(objective(PARAMS, batch, None)))
 
 # ---------------------------------------------------------------- files as people have them
-SHOWN = """
-{"instruction": "Hi", "input": "", "context": null, "output": "Ho", "id": 7} | ¿ Hi¡[ Ho■]
-{"instruction": "Sum", "context": "2+2", "response": "4"} | ¿ Sum↵↵2+2¡[ 4■]
-{"instruction": "", "input": "What is 2+2?", "output": "4"} | ¿ What is 2+2?¡[ 4■]
-{"prompt": "Schlüssel?", "completion": "weiß 😀 — 東京 \\ud83d"} | ¿ Schlüssel?¡[ weiß 😀 — 東京 ?■]
-{"prompt": [{Q: "Hi"}], "completion": [{A: "Ho"}]} | ¿ Hi¡[ Ho■]
-{"messages": [{"role": "system", "content": ""}, {Q: "Hi"}, {A: "Ho", "tool_calls": null}]} | ¿ Hi¡[ Ho■]
-{"messages": [{"role": "developer", "content": "Be"}, {Q: "Hi"}, {A: "Ho"}]} | ¿ Be↵↵Hi¡[ Ho■]
-{"messages": [{Q: "1"}, {A: "2", "weight": 0}, {Q: "3"}, {A: "4", "weight": 1}]} | ¿ 1¡ 2■¿ 3¡[ 4■]
-{"conversations": [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
-¿ Be↵↵Hi¡[ Ho■] | {"conversations": [{Q: [{"text": "H"}, {"text": "i"}]}, {A: "Ho"}, {Q: "Bye"}]} | ¿ Hi¡[ Ho■]
-{"instruction": "A", "input": "B", "chosen": "C", "rejected": "D"} | ¿ A↵↵B¡[ C■] ¿ A↵↵B¡[ D■]
-{"prompt": "A", "chosen": [{Q: "A"}, {A: "B"}], "rejected": [{Q: "A"}, {A: "C"}]} | ¿ A¡[ B■] ¿ A¡[ C■]
-{"prompt": [{Q: "A"}, {A: "B"}, {Q: "C"}], "chosen": [{A: "B"}], "rejected": "D"} | ¿ A¡ B■¿ C¡[ B■] ¿ A¡ B■¿ C¡[ D■]
-{"prompt": "A ", "chosen": [{Q: "A"}, {A: "B"}], "rejected": [{Q: "A"}, {A: "C"}]} | ¿ A¡[ B■] ¿ A¡[ C■]
-{"prompt": "Hi", "id": 7, "messages": [{"role": "system", "content": "Be"}, {Q: "Hi"}, {A: "Ho"}]} | ¿ Be↵↵Hi¡[ Ho■]
-{"instruction": "Hi ", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]} | ¿ Hi¡[ Ho■]
-{"system": "Be", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]} | ¿ Be↵↵Hi¡[ Ho■]
-{"system_prompt": "Be", "instruction": "C", "output": "D", "history": [["A", "B"]]} | ¿ Be↵↵A¡[ B■]¿ C¡[ D■]
-{"instruction": "C", "output": "D", "history": [{Q: "A"}, {A: "B"}]} | ¿ A¡[ B■]¿ C¡[ D■]
-{"system": "Be", "question": "Hi", "answer": "Ho", "output": null, "messages": NaN, "history": NaN} | ¿ Be↵↵Hi¡[ Ho■]
-{"system": "Be", "messages": [{"role": "system", "content": "Be"}, {Q: "Hi"}, {A: "Ho"}]} | ¿ Be↵↵Hi¡[ Ho■]
-[{Q: "Hi"}, {A: "Ho"}] | ¿ Hi¡[ Ho■]
-[{"id": 1, "content": "Hi", "role": "user"}, {A: "Ho"}] | ¿ Hi¡[ Ho■]
-{"instruction": "Sum", "input": NaN, "output": 4} | ¿ Sum¡[ 4■]
-{"prompt": "A\\r\\nB", "completion": "C\\fD\\rE"} | ¿ A↵B¡[ C↵↵D↵E■]
-{"prompt": "True?", "completion": true} | ¿ True?¡[ true■]
-"""  # {Q: and {A: begin OpenAI's turns; ¿ is <|user|>, ¡ <|assistant|>, ■ <|end|>, ↵ a new line
-LEFT_OUT = """
-{"instruction": "area", "input": "4 cm x 5 cm", "output": ""} | {"instruction": ["list"], "output": 4}
-{"instruction": "cut", "outp | [1, {"foo": null}] | {"messages": "hi"} | {"messages": [{Q: "no answer"}]}
-{"system": "no question", "output": "A"} | {"instruction": "A", "output": "B", "history": ["A1", "B1"]}
-{"messages": [{A: "opens"}, {Q: "Q"}, {A: "A"}]} | {"messages": [{Q: [{"type": "image_url"}]}, {A: "A"}]}
-{"messages": [{Q: "Q"}, {A: "A"}, {A: "twice"}]} | {"messages": [{Q: "Q"}, {A: "all", "weight": 0}]}
-{"messages": [{Q: "Q"}, {A: null, "tool_calls": [{"id": 1}]}, {"role": "tool", "content": "4"}]}
-{"prompt": "same", "chosen": "Yes", "rejected": "Yes"} | {"prompt": "none rejected", "chosen": "Yes"}"""
-def shown(name, text, record):  # what is trained of a file with this text, and this record in it
-    text = text.replace("{Q:", '{"role": "user", "content":')
-    write(name, text.replace("{A:", '{"role": "assistant", "content":'))
-    flag = "--dpo=" if "chosen" in record else ""
-    return outcome(f"sft {flag}{name} --show=9 --init=out/base.npz").replace("\n<|user", " <|user")
+def user(text):
+    return {"role": "user", "content": text}
 
-@parametrize("record, expected", rows(SHOWN, 2))
+def system(text):
+    return {"role": "system", "content": text}
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text} | more
+
+def shown(name, text, record):
+    """What is trained of a file with this text, which holds this record: [learned], an example a
+    line; the two of a preference on one."""
+    write(name, text)
+    flag = "--dpo=" if "chosen" in record else ""
+    examples = outcome(f"sft {flag}{name} --show=9 --init=out/base.npz")
+    return examples.replace("\n<|user", " <|user")
+
+def as_json(record):
+    """A record is given as a dict of turns, or as the text that stands in the file."""
+    return record if isinstance(record, str) else json.dumps(record)
+
+@parametrize("record, expected", [
+    param('{"instruction": "Hi", "input": "", "context": null, "output": "Ho", "id": 7}',
+          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="Alpaca with an empty input"),
+    param('{"instruction": "Sum", "context": "2+2", "response": "4"}',
+          "<|user|> Sum\n\n2+2<|assistant|>[ 4<|end|>]", id="Dolly with a context"),
+    param('{"instruction": "", "input": "What is 2+2?", "output": "4"}',
+          "<|user|> What is 2+2?<|assistant|>[ 4<|end|>]", id="Alpaca with only an input"),
+    param('{"prompt": "Schlüssel?", "completion": "weiß 😀 — 東京 \\ud83d"}',
+          "<|user|> Schlüssel?<|assistant|>[ weiß 😀 — 東京 ?<|end|>]", id="half of a surrogate pair"),
+    param({"prompt": [user("Hi")], "completion": [assistant("Ho")]},
+          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="prompt and completion as turns"),
+    param({"messages": [system(""), user("Hi"), assistant("Ho", tool_calls=None)]},
+          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="OpenAI's messages, an empty system turn"),
+    param({"messages": [{"role": "developer", "content": "Be"}, user("Hi"), assistant("Ho")]},
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="OpenAI's messages, a developer's turn"),
+    param({"messages": [user("1"), assistant("2", weight=0), user("3"), assistant("4", weight=1)]},
+          "<|user|> 1<|assistant|> 2<|end|><|user|> 3<|assistant|>[ 4<|end|>]",
+          id="OpenAI's messages with weights"),
+    param('{"conversations": [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, '
+          '{"from": "gpt", "value": "Ho"}]}',
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="ShareGPT with a system turn"),
+    param({"conversations": [user([{"text": "H"}, {"text": "i"}]), assistant("Ho"), user("Bye")]},
+          "<|user|> Hi<|assistant|>[ Ho<|end|>]",
+          id="text in parts, and a last question without an answer"),
+    param('{"instruction": "A", "input": "B", "chosen": "C", "rejected": "D"}',
+          "<|user|> A\n\nB<|assistant|>[ C<|end|>] <|user|> A\n\nB<|assistant|>[ D<|end|>]",
+          id="a preference in Alpaca's fields"),
+    param({"prompt": "A", "chosen": [user("A"), assistant("B")],
+           "rejected": [user("A"), assistant("C")]},
+          "<|user|> A<|assistant|>[ B<|end|>] <|user|> A<|assistant|>[ C<|end|>]",
+          id="a preference whose turns repeat the prompt"),
+    param({"prompt": [user("A"), assistant("B"), user("C")], "chosen": [assistant("B")],
+           "rejected": "D"},
+          "<|user|> A<|assistant|> B<|end|><|user|> C<|assistant|>[ B<|end|>] "
+          "<|user|> A<|assistant|> B<|end|><|user|> C<|assistant|>[ D<|end|>]",
+          id="a preference after several turns"),
+    param({"prompt": "A ", "chosen": [user("A"), assistant("B")],
+           "rejected": [user("A"), assistant("C")]},
+          "<|user|> A<|assistant|>[ B<|end|>] <|user|> A<|assistant|>[ C<|end|>]",
+          id="a preference whose prompt has a space more than the turns"),
+    param({"prompt": "Hi", "id": 7, "messages": [system("Be"), user("Hi"), assistant("Ho")]},
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="messages that repeat the prompt"),
+    param('{"instruction": "Hi ", '
+          '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
+          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="ShareGPT that repeats the instruction"),
+    param('{"system": "Be", '
+          '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="ShareGPT with a system field"),
+    param('{"system_prompt": "Be", "instruction": "C", "output": "D", "history": [["A", "B"]]}',
+          "<|user|> Be\n\nA<|assistant|>[ B<|end|>]<|user|> C<|assistant|>[ D<|end|>]",
+          id="LLaMA-Factory's history of pairs"),
+    param({"instruction": "C", "output": "D", "history": [user("A"), assistant("B")]},
+          "<|user|> A<|assistant|>[ B<|end|>]<|user|> C<|assistant|>[ D<|end|>]",
+          id="a history of turns"),
+    param('{"system": "Be", "question": "Hi", "answer": "Ho", '
+          '"output": null, "messages": NaN, "history": NaN}',
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]",
+          id="question and answer, other fields null or NaN"),
+    param({"system": "Be", "messages": [system("Be"), user("Hi"), assistant("Ho")]},
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="the system's words twice"),
+    param([user("Hi"), assistant("Ho")],
+          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns and nothing around it"),
+    param([{"id": 1, "content": "Hi", "role": "user"}, assistant("Ho")],
+          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns, fields in another order"),
+    param('{"instruction": "Sum", "input": NaN, "output": 4}',
+          "<|user|> Sum<|assistant|>[ 4<|end|>]", id="NaN for nothing, and a number as the answer"),
+    param(r'{"prompt": "A\r\nB", "completion": "C\fD\rE"}',
+          "<|user|> A\nB<|assistant|>[ C\n\nD\nE<|end|>]", id="form feed and odd line ends"),
+    param('{"prompt": "True?", "completion": true}',
+          "<|user|> True?<|assistant|>[ true<|end|>]", id="true as the answer"),
+])
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
-    expected = expected.translate(dict(zip(map(ord, "■¿¡↵"), [*SPECIAL, "\n"])))
-    assert expected in shown("lines", f"\ufeff{record}\r\n", record)
-    over_lines = re.sub("([{,]) *([\"{])", "\\1\n  \\2", record)  # as jq prints it
-    for twice in (f"[\n{record},\n{record}\n]", f"[{record}, {record}]", f"{over_lines}\n" * 2,
-                  f"[{over_lines}, {over_lines}]", f'{{"n": 2, "data": [{record}, {record}]}}'):
+    text = as_json(record)
+    assert expected in shown("lines", f"\ufeff{text}\r\n", record)
+    over_lines = re.sub("([{,]) *([\"{])", "\\1\n  \\2", text)  # as jq prints it
+    for twice in (f"[\n{text},\n{text}\n]", f"[{text}, {text}]", f"{over_lines}\n" * 2,
+                  f"[{over_lines}, {over_lines}]", f'{{"n": 2, "data": [{text}, {text}]}}'):
         assert shown("twice", twice, record).endswith(f"{expected} {expected}\n"), twice
 
 @parametrize("before, between, after", [
-    pytest.param("", "\n", "", id="a record a line"),
-    pytest.param("[", ",\n", "]", id="a list"),
-    pytest.param("[", ", ", "]", id="a list on one line"),
+    param("", "\n", "", id="a record a line"),
+    param("[", ",\n", "]", id="a list"),
+    param("[", ", ", "]", id="a list on one line"),
 ])
-@parametrize("broken", ['{"prompt": "c"', f'{{"prompt": {"9" * 5000}}}', '{"a":' * 100000, '{"prompt": "c", "response": "d",}', '{"prompt": "c"d", "e": "f"}',
-                        '{"prompt": "c\n", "response": "d"}', '{"prompt": [{}, {"c": d}]}', '{"prompt": nul}'])
-def test_of_broken_json_all_good_records_are_read_and_its_line_is_named(before, between, after, broken):
+@parametrize("broken", [
+    param('{"prompt": "c"', id="no brace at the end"),
+    param(f'{{"prompt": {"9" * 5000}}}', id="a number too long for Python"),
+    param('{"a":' * 100000, id="objects nested too deep"),
+    param('{"prompt": "c", "response": "d",}', id="a comma too many"),
+    param('{"prompt": "c"d", "e": "f"}', id="a quotation mark within a text"),
+    param('{"prompt": "c\n", "response": "d"}', id="a line end within a text"),
+    param('{"prompt": [{}, {"c": d}]}', id="a word without quotation marks, in a list"),
+    param('{"prompt": nul}', id="a null that lacks a letter"),
+])
+def test_of_broken_json_all_good_records_are_read_and_its_line_is_named(
+        before, between, after, broken):
     good = [f'{{"prompt": "{n}", "response": [{{}}]}}' for n in range(4)]
     records = [*good[:2], broken, *good[2:]]
     lines = (before + between.join(records) + after).splitlines(keepends=True)
     prepare.left_out.clear()
     found = prepare.read_json((line, f"f:{n}") for n, line in enumerate(lines, 1))
     assert {"0", "1", "3"} <= {record["prompt"] for record, _ in found if "prompt" in record}
-    n, where = prepare.left_out["part(s) that are not JSON"]
-    assert where.startswith(f"f:{3 if between[-1:] == chr(10) else 1}")
+    _, first = prepare.left_out["part(s) that are not JSON"]
+    line = 3 if between.endswith("\n") else 1
+    assert first.startswith(f"f:{line}")
 
 def test_a_download_that_was_cut_short_costs_its_last_record():
     whole = json.dumps([{"text": f"{n}, [{n}]"} for n in range(99)], indent=1)
     for end in range(300, 400):
         lines = whole[:end].splitlines(keepends=True)
         found = list(prepare.read_json((line, "f:1") for line in lines))
-        assert len(found) in (whole[:end].count("}"), whole[:end].count("}") + 1)
+        n_whole = whole[:end].count("}")
+        assert len(found) in (n_whole, n_whole + 1)
 
-@parametrize("record", sum(rows(LEFT_OUT, 1), []))
+@parametrize("record", [
+    param('{"instruction": "area", "input": "4 cm x 5 cm", "output": ""}', id="an empty answer"),
+    param('{"instruction": ["list"], "output": 4}', id="a question that is a list of words"),
+    param('{"instruction": "cut", "outp', id="a record cut short"),
+    param('[1, {"foo": null}]', id="a list of other things than turns"),
+    param('{"messages": "hi"}', id="messages that are text"),
+    param({"messages": [user("no answer")]}, id="a question without an answer"),
+    param('{"system": "no question", "output": "A"}', id="an answer without a question"),
+    param('{"instruction": "A", "output": "B", "history": ["A1", "B1"]}', id="a history of texts"),
+    param({"messages": [assistant("opens"), user("Q"), assistant("A")]}, id="an answer opens it"),
+    param({"messages": [user([{"type": "image_url"}]), assistant("A")]}, id="a picture"),
+    param({"messages": [user("Q"), assistant("A"), assistant("twice")]}, id="two answers"),
+    param({"messages": [user("Q"), assistant("all", weight=0)]}, id="all answers weigh nothing"),
+    param({"messages": [user("Q"), assistant(None, tool_calls=[{"id": 1}]),
+                        {"role": "tool", "content": "4"}]}, id="a tool is called"),
+    param('{"prompt": "same", "chosen": "Yes", "rejected": "Yes"}', id="a choice of the same"),
+    param('{"prompt": "none rejected", "chosen": "Yes"}', id="nothing rejected"),
+])
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
-    said = shown("records.jsonl", f"{good}\n{record}\n{good}", record)
+    said = shown("records.jsonl", f"{good}\n{as_json(record)}\n{good}", record)
     assert said.startswith("left out: 1 ") and "records.jsonl:2)" in said
     assert said.count("<|assistant|>[ Ho") == 2
 
-def write(name, text):  # surrogates stand for bytes that are not UTF-8
-    path, content = Path(name), text.encode("utf-8", "surrogateescape")
+def write(name, text):
+    """A file, packed as its ending says; surrogates stand for bytes that are not UTF-8."""
+    path = Path(name)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes({".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)(content))
+    path.write_bytes(pack(text.encode("utf-8", "surrogateescape")))
 
-TEXT_FILES = r"""
-c4-train.00000-of-01024.json.gz | {"text": "one"}\n{"text": "two", "url": ""}\n | one;two | next
-wiki_00 | \n{"text": "one"}\n{"text": "two"} | one;two | next
-w.txt.bz2 | {"text": "one and two"}\n{"text": " "}\n{"id": 1}\n{"te | one and two | left out: 1 empty document
-stories.txt | one\n<|endoftext|>\ntwo<|endoftext|>three | one\n;two;three | next
-dos.txt | \ufeffone\r\ntwo\rthree\n | one\ntwo\nthree\n | next
-spaces | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado | next
-list.json | ["one", "two\\r\\n"]\n | one;two\n | next
-jq.json | {\n "text": "one"\n}\n{\n "text": "two"\n}\n | one;two | next
-data.json | {"data": [{"text": "one"}, {"text": "two", "url": 1}]} | one;two | not used: url, 1 record
-feed.txt | one\x0ctwo\x0c\n | one\n\ntwo\n\n\n | next
-table.csv | a,"b"\n | a,"b"\n | table.csv: not JSON, so it is read as it stands
-odd.jsonl | {'text': 'repr'}\n | {'text': 'repr'}\n | odd.jsonl: not JSON, so it is read as it stands
-two.json | {"data": [{"text": "one"}, {"text": "two"}], "test": [{"text": "kept out"}]} | one;two | beside the list
-broken.txt | caf\xe9 na\xefve\n\udce9t\xe9 | caf\xe9 na\xefve\n\ufffdt\xe9 | not UTF-8 (the first: broken.txt:2)
-markdown | [link](x)\n{braces}\n | [link](x)\n{braces}\n | next"""
 LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça été" as Latin-1 has it
-@parametrize("row", rows(TEXT_FILES, 4))
-def test_a_file_of_text_becomes_the_documents_that_are_in_it(row, tmp_path, monkeypatch):
+
+@parametrize("name, text, expected, says", [
+    param("c4-train.00000-of-01024.json.gz", '{"text": "one"}\n{"text": "two", "url": ""}\n',
+          ["one", "two"], "next", id="C4: JSON lines, packed by gzip"),
+    param("wiki_00", '\n{"text": "one"}\n{"text": "two"}',
+          ["one", "two"], "next", id="WikiExtractor's file: no ending, an empty line first"),
+    param("w.txt.bz2", '{"text": "one and two"}\n{"text": " "}\n{"id": 1}\n{"te',
+          ["one and two"], "left out: 1 empty document", id="JSON lines in a .txt, cut short"),
+    param("stories.txt", "one\n<|endoftext|>\ntwo<|endoftext|>three",
+          ["one\n", "two", "three"], "next", id="TinyStories: marks between documents"),
+    param("dos.txt", "\ufeffone\r\ntwo\rthree\n",
+          ["one\ntwo\nthree\n"], "next", id="line ends of Windows and of the old Mac, and a BOM"),
+    param("spaces", "a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado",
+          ["a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado"], "next", id="odd spaces stay"),
+    param("list.json", r'["one", "two\r\n"]' "\n",
+          ["one", "two\n"], "next", id="a list of texts"),
+    param("jq.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}\n',
+          ["one", "two"], "next", id="records over several lines"),
+    param("data.json", '{"data": [{"text": "one"}, {"text": "two", "url": 1}]}',
+          ["one", "two"], "not used: url, 1 record", id="a list named data, a field not used"),
+    param("feed.txt", "one\x0ctwo\x0c\n",
+          ["one\n\ntwo\n\n\n"], "next", id="form feeds between pages"),
+    param("table.csv", 'a,"b"\n',
+          ['a,"b"\n'], "table.csv: not JSON, so it is read as it stands", id="a CSV"),
+    param("odd.jsonl", "{'text': 'repr'}\n",
+          ["{'text': 'repr'}\n"], "odd.jsonl: not JSON, so it is read as it stands",
+          id="Python's repr for JSON"),
+    param("two.json",
+          '{"data": [{"text": "one"}, {"text": "two"}], "test": [{"text": "kept out"}]}',
+          ["one", "two"], "beside the list", id="a second list beside data"),
+    param("broken.txt", "caf\xe9 na\xefve\n\udce9t\xe9",
+          ["caf\xe9 na\xefve\n\ufffdt\xe9"], "not UTF-8 (the first: broken.txt:2)",
+          id="one byte that is not UTF-8"),
+    param("markdown", "[link](x)\n{braces}\n",
+          ["[link](x)\n{braces}\n"], "next", id="text that begins like JSON"),
+])
+def test_a_file_of_text_becomes_the_documents_that_are_in_it(
+        name, text, expected, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "PIECE", 5)  # most documents come in several
-    name, text, expected, says = (cell.encode().decode("unicode_escape") for cell in row)
     write(name, text)
     assert says in outcome(f"prepare {name} --vocab_size=300")
-    assert documents() == expected.split(";")
+    assert documents() == expected
 
 @parametrize("lengths, expected", [
-    pytest.param([10] * 93, 840, id="many small documents: between two of them"),
-    pytest.param([90] * 11, 900, id="a few: before the last"),
-    pytest.param([40, 960], 900, id="a note beside a book: within the book"),
-    pytest.param([500, 500], 900, id="two equal books: within the second"),
-    pytest.param([1000], 900, id="one document"),
-    pytest.param([900, 100], 900, id="two, where it fits"),
-    pytest.param([2, 2], 2, id="very little text"),
+    param([10] * 93, 840, id="many small documents: between two of them"),
+    param([90] * 11, 900, id="a few: before the last"),
+    param([40, 960], 900, id="a note beside a book: within the book"),
+    param([500, 500], 900, id="two equal books: within the second"),
+    param([1000], 900, id="one document"),
+    param([900, 100], 900, id="two, where it fits"),
+    param([2, 2], 2, id="very little text"),
 ])
 def test_about_a_tenth_is_held_out_whatever_the_documents_are(lengths, expected):
     ends = [int(end) for end in np.cumsum(lengths)]
@@ -465,8 +598,9 @@ def test_about_a_tenth_is_held_out_whatever_the_documents_are(lengths, expected)
 def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     odd = {"sub/wiki_00": '{"text": "one"}\n{"text": "two"}', "nul.txt": "a\0b", "latin.txt": LATIN}
-    for name in """B.TXT a.md sub/c.txt.gz .hidden.txt .git/x.txt env/pyvenv.cfg env/lib/x.txt code.py
-            tokenizer.json qa.jsonl nul.txt latin.txt sub/wiki_00""".split():
+    names = """B.TXT a.md sub/c.txt.gz .hidden.txt .git/x.txt env/pyvenv.cfg env/lib/x.txt code.py
+               tokenizer.json qa.jsonl nul.txt latin.txt sub/wiki_00"""
+    for name in names.split():
         write(f"in/{name}", odd.get(name, name))
     write("in/a.md.gz", "packed beside it")
     with suppress(OSError):  # Windows asks for a right
@@ -474,7 +608,8 @@ def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, m
         os.symlink(tmp_path / "in/B.TXT", "in/link.txt")
         os.symlink(tmp_path / "nowhere", "in/no_dead.txt")
     said = outcome("prepare in in/B.TXT")
-    assert re.search(r"left out: \d file.s. that are there twice .*; \d file.*no text by their name.*code.py", said)
+    assert re.search(r"left out: \d file.s. that are there twice .*; "
+                     r"\d file.*no text by their name.*code.py", said)
     assert re.search("left out: 2 files .the first: in.latin.txt: not UTF-8", outcome("prepare in"))
     assert documents() == ["B.TXT", "a.md", "sub/c.txt.gz", "one", "two"]
 
@@ -496,17 +631,35 @@ def test_the_quota_of_a_container_limits_the_cores(monkeypatch):
 
 # ---------------------------------------------------------------- the programs
 log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
-DOCUMENTS = ["the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
+DOCUMENTS = [
+    "the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
-RUNS = rows(f"""
-base | log | gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 --max_steps=100 --eval_every=7
-gpt --resume | SIGKILL SIGTERM SIGINT
-chat | log_chat | sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1 --learning_rate=0.01
-chat --prompt=hi | SIGINT
-dpo | log_dpo | sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1
-sft --dpo --resume | SIGKILL""", 5)
+
+class Run(NamedTuple):
+    name: str  # that of its checkpoint
+    log: str  # that of its log
+    command: str
+    go_on: str  # the command with which a stopped run is continued
+    signals: list  # that stop it, one after the other
+
+RUNS = [
+    Run("base", "log", f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 "
+                       "--grad_accum=2 --max_steps=100 --eval_every=7",
+        go_on="gpt --resume", signals=["SIGKILL", "SIGTERM", "SIGINT"]),
+    Run("chat", "log_chat", "sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 "
+                            "--log_every=1 --learning_rate=0.01",
+        go_on="chat --prompt=hi", signals=["SIGINT"]),
+    Run("dpo", "log_dpo", "sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 "
+                          "--log_every=1",
+        go_on="sft --dpo --resume", signals=["SIGKILL"]),
+]
 FULL = "X" * (96 - 6)  # X is a token; so are the three special ones, two spaces and Y: 96 in all
-ANSWERS = {"where is the cat?": "the cat sat on the mat", "who ran?": "the rat ran", FULL: "Y", f"{FULL}X": "Y"}
+ANSWERS = {
+    "where is the cat?": "the cat sat on the mat",
+    "who ran?": "the rat ran",
+    FULL: "Y",
+    f"{FULL}X": "Y",  # a token too long
+}
 PAIRS = "".join(f'{{"prompt": "{question}", "chosen": "{answer}", "rejected": "Z"}}\n'
                 for question, answer in ANSWERS.items())
 
@@ -546,15 +699,18 @@ def made(tmp_path_factory):
         write("pairs.json", PAIRS.replace("chosen", "response"))
         write("prefs.json", PAIRS * 9)
         write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
-        yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", *(r[2] for r in RUNS)]))
+        commands = ["prepare text.jsonl --vocab_size=300", *(run.command for run in RUNS)]
+        yield "".join(map(outcome, commands))
 
 def test_the_road_from_text_to_answers(made):
-    assert re.search("python sft.py.*: 1 record.s. longer.*: 9 record.s. longer.*27 examples, 1 of", made, re.S)
+    assert re.search("python sft.py.*: 1 record.s. longer.*"  # after pairs.json, and prefs.json
+                     ": 9 record.s. longer.*27 examples, 1 of", made, re.S)
     assert documents() == DOCUMENTS
     [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
     assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
     losses, held_out = log_of("out/log_dpo.csv")[:, 1:3].T
-    assert losses[-9:].mean() < losses[:9].mean() and held_out[6] > 0  # after step 7
+    assert losses[-9:].mean() < losses[:9].mean()
+    assert held_out[6] > 0  # after step 7
     same = np.load("out/base.npz")["params.wte"] == np.load("out/chat.npz")["params.wte"]
     assert {*np.flatnonzero(same.all(1))} == {*np.fromfile("data/train.bin", "<u2")}
     assert outcome("sft pairs.json --show=1") == (
@@ -571,14 +727,18 @@ def test_a_base_model_is_asked_to_begin_a_document(made, monkeypatch):
 def test_fine_tuning_takes_the_rows_by_chance_but_never_the_held_out_and_replays(made, monkeypatch):
     answers = ["X" * n for n in range(1, 21)]  # told apart by their lengths
     write("lengths.json", "\n".join(f'{{"prompt": "?", "response": "{a}"}}' for a in answers))
-    given, lengths, replayed = [], [], set()
+    given = []
     monkeypatch.setattr(gpt, "train", lambda *args: given.extend(args) or {"params": None})
     outcome("sft lengths.json --init=out/base.npz --batch_size=4")
-    for x, y, w in map(given[4], range(19)):  # batch_at: 3 of the 19 rows left, and one replayed
+    batch_at = given[4]
+    lengths = []
+    replayed = set()
+    for x, y, w in map(batch_at, range(19)):  # 3 of the 19 rows left, and one replayed
         lengths += w[:3].sum(1).tolist()
         replayed.add(x[3].tobytes())
     assert {*Counter(lengths).values()} == {3}
-    assert len({*lengths[:18]}) == 18 and lengths[:18] != sorted(lengths[:18])
+    once = lengths[:18]  # in 6 batches
+    assert len({*once}) == 18 and once != sorted(once)
     assert len(replayed) > 1
 
 def test_an_answer_is_right_or_declined_or_wrong(made, monkeypatch):
@@ -609,31 +769,53 @@ def test_the_last_correction_of_a_question_is_learned(made):
     said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
     assert said.startswith("nothing keeps the other answers as they are")
 
-@parametrize("where, complains", [("Où", ""), ("O\udcf9", "standard input:3: not all of it is UTF-8\n")])
+@parametrize("where, complains", [
+    param("Où", "", id="UTF-8"),
+    param("O\udcf9", "standard input:3: not all of it is UTF-8\n", id="Latin-1"),
+])
 def test_piped_questions_get_one_line_each(made, where, complains):
     typed = f"where is the cat?\n{'X' * 96}\n{where}?\nwho ran?\n"
     answers, errors, status = end(start("chat", PYTHONIOENCODING="utf-8:strict"), typed)
-    assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers) and status == 0
+    assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers)
+    assert status == 0
     assert re.fullmatch(f"error: standard input:2: the question has .*\n{complains}", errors)
 
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
-    said, *rest = end(start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii"))
-    assert said.startswith("caf? ?") and rest == ["", 0]
-    assert os.name == "nt" or end(start("chat --prompt=hi", 'exec "$@" <&- >&-')) == ("", "", 0)
+    narrow = start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii")
+    said, errors, status = end(narrow)
+    assert said.startswith("caf? ?") and (errors, status) == ("", 0)
+    if os.name != "nt":
+        closed = start("chat --prompt=hi", 'exec "$@" <&- >&-')
+        assert end(closed) == ("", "", 0)
 
-TYPED = """
- | /help for help
-WHO RAN?↵ | the rat ran | /probs↵ | (?s)read as 'who ran.'.*% ' rat' | /reset↵ | .
-who ran?↵ | the rat ran | /help↵ | /top_k | /temperature -1↵ | must be from
-/better no rat↵ | 1 corr | where is↵the cat?↵ | . | /better on a mat↵ | 2 corr.*where is
-where is\x03 | (?s)^(?!.*sat) | /prompt x↵ | no command | / x↵ | no command | /checkpoint y↵ | no command
-""" + "X" * 99 + """↵ | has 102 tokens | /probs↵ | no answer | /better y↵ | should have been | /reset↵ | . | who ran?↵ | the rat ran"""
+TYPED = [  # what is typed at the prompt; what is found, by a regular expression, in what is shown
+    ("", "/help for help"),
+    ("WHO RAN?\n", "the rat ran"),
+    ("/probs\n", "(?s)read as 'who ran.'.*% ' rat'"),
+    ("/reset\n", "."),
+    ("who ran?\n", "the rat ran"),
+    ("/help\n", "/top_k"),
+    ("/temperature -1\n", "must be from"),
+    ("/better no rat\n", "1 corr"),
+    ("where is\nthe cat?\n", "."),  # pasted: one question
+    ("/better on a mat\n", "2 corr.*where is"),
+    ("where is\x03", "(?s)^(?!.*sat)"),  # Ctrl-C: no answer
+    ("/prompt x\n", "no command"),
+    ("/ x\n", "no command"),
+    ("/checkpoint y\n", "no command"),
+    ("X" * 99 + "\n", "has 102 tokens"),
+    ("/probs\n", "no answer"),
+    ("/better y\n", "should have been"),
+    ("/reset\n", "."),
+    ("who ran?\n", "the rat ran"),
+]
+
 @only_posix
 def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
     a_terminal = 'exec "$1" -c "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))" "$@"'
     process = start("chat", a_terminal, TERM="dumb")
-    for typed, expected in rows(TYPED, 2):
-        for part in re.split("(?=\x03)", typed.replace("↵", "\n")):
+    for typed, expected in TYPED:
+        for part in re.split("(?=\x03)", typed):
             print(part, end="", file=process.stdin, flush=True)
             time.sleep(0.5 * ("\x03" in typed))  # a signal just before Python waits is seen late
         said = ""
@@ -642,44 +824,53 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
             said += os.read(process.stdout.fileno(), 9999).decode()
         assert re.search(expected, said), said
     assert end(process, "\x04")[1:] == ("", 0)
-    first, later = Path("out/feedback.jsonl").read_text().splitlines()
-    assert first == ('{"prompt": [{"role": "user", "content": "who ran?"}], "chosen": [{"role": "assistant", '
-                     '"content": "no rat"}], "rejected": [{"role": "assistant", "content": "the rat ran"}]}')
-    assert later.startswith(first[:50]) and '"where is\\nthe cat?"}], "chosen"' in later
+    first, later = map(json.loads, Path("out/feedback.jsonl").read_text().splitlines())
+    assert first == {"prompt": [user("who ran?")], "chosen": [assistant("no rat")],
+                     "rejected": [assistant("the rat ran")]}
+    assert later["prompt"][0] == user("who ran?")
+    assert later["prompt"][-1] == user("where is\nthe cat?")
+
+def steps_of(checkpoint):
+    return gpt.load_checkpoint(checkpoint)[1]["step"]
 
 def assert_same_run(a, b, name, log):
     """That two folders have the same bits in a finished checkpoint and the same losses in a log."""
-    (state, about), (same, also) = (gpt.load_checkpoint(f"{folder}/{name}.npz", whole=True)[:2]
-                                    for folder in (a, b))
+    state, about, *_ = gpt.load_checkpoint(f"{a}/{name}.npz", whole=True)
+    same, also, *_ = gpt.load_checkpoint(f"{b}/{name}.npz", whole=True)
     np.testing.assert_equal(state, same)
     assert about["step"] == also["step"] == about["config"]["max_steps"]
     np.testing.assert_equal(log_of(f"{a}/{log}.csv")[:, :4], log_of(f"{b}/{log}.csv")[:, :4])
 
 @only_posix
-@parametrize("run", RUNS)
-def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(made, run, tmp_path, monkeypatch):
-    (name, log, command, go_on, signals), unstopped = run, Path("out").resolve()
+@parametrize("run", RUNS, ids=[run.name for run in RUNS])
+def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(
+        made, run, tmp_path, monkeypatch):
+    unstopped = Path("out").resolve()
     shutil.copytree(".", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("log*"))
     monkeypatch.chdir(tmp_path)
-    process = start(command)
-    for which in signals.split():
+    process = start(run.command)
+    for which in run.signals:
         assert any(line.startswith("step") for line in process.stdout)  # it has saved
-        assert which != "SIGKILL" or "program that trains there" in outcome(f"gpt {TINY}")
+        if which == "SIGKILL":
+            assert "program that trains there" in outcome(f"gpt {TINY}")
         process.send_signal(getattr(signal, which))
         said, errors, status = end(process)
-        step = gpt.load_checkpoint(f"out/{name}.npz")[1]["step"]  # whole at every moment
-        says = f"interrupted at step {step}, saved .*go on with.* --resume"
-        assert which == "SIGKILL" or status == 130 and re.search(says, said), (said, errors)
-        process = start(go_on)
-    assert end(process)[1:] == ("", 0) or name == "chat"
-    assert_same_run(unstopped, "out", name, log)
-    kept = Path(f"out/{name}.prev.npz")  # a fresh run keeps the one before it
-    assert kept.read_bytes() == (unstopped / f"{name}.npz").read_bytes()
+        step = steps_of(f"out/{run.name}.npz")  # whole at every moment
+        if which != "SIGKILL":
+            says = f"interrupted at step {step}, saved .*go on with.* --resume"
+            assert status == 130 and re.search(says, said), (said, errors)
+        process = start(run.go_on)
+    _, errors, status = end(process)
+    assert status == 0
+    assert errors == "" or run.name == "chat"  # which says there that it goes on
+    assert_same_run(unstopped, "out", run.name, run.log)
+    kept = Path(f"out/{run.name}.prev.npz")  # a fresh run keeps the one before it
+    assert kept.read_bytes() == (unstopped / f"{run.name}.npz").read_bytes()
 
 def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     log = log_of("out/log.csv")
     best_step = log[np.nanargmin(log[:, 2]), 0]
-    assert gpt.load_checkpoint("out/base.best.npz")[1]["step"] == best_step
+    assert steps_of("out/base.best.npz") == best_step
     runs = [json.loads(line) for line in Path("out/runs.jsonl").read_text().splitlines()]
     assert [run["checkpoint"] for run in runs] == ["base.npz", "chat.npz", "dpo.npz"]
     assert runs[0]["best_step"] == best_step and runs[0]["val_loss"] == np.nanmin(log[:, 2])
@@ -704,13 +895,14 @@ def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
     process.send_signal(signal.SIGHUP)
     process.stdout.close()  # writing there is an error from now on
     assert process.wait() == 0 and process.stderr.read() == ""
-    assert gpt.load_checkpoint("gone/base.npz")[1]["step"] == 300
+    assert steps_of("gone/base.npz") == 300
     process.stderr.close()
     process.stdin.close()
 
 def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, monkeypatch):
     full = OSError(28, "No space left on device", "full/base.npz")
-    saves, save_checkpoint = [], gpt.save_checkpoint
+    save_checkpoint = gpt.save_checkpoint
+    saves = []
     def save(*args):
         saves.append(args)
         if len(saves) == 3:
@@ -725,7 +917,7 @@ def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, 
     monkeypatch.setattr(gpt, "save_checkpoint", save)
     said = outcome(train)
     assert "full/base.npz: not saved (No space left on device); the next validation tries" in said
-    assert gpt.load_checkpoint("full/base.npz")[1]["step"] == 3
+    assert steps_of("full/base.npz") == 3
 
 def test_a_checkpoint_that_is_a_link_stays_one_and_the_file_before_it_is_kept(tmp_path):
     real, linked = tmp_path / "real.npz", tmp_path / "sub" / "linked.npz"
@@ -758,8 +950,8 @@ def test_a_narrow_terminal_keeps_one_line_of_progress(monkeypatch, capsys):
     assert len(capsys.readouterr().out) < 50 + len("\r\033[K")
 
 @parametrize("order", [
-    pytest.param(lambda n: n < 500, id="one language after the other"),
-    pytest.param(lambda n: n % 2, id="two languages in turn"),
+    param(lambda n: n < 500, id="one language after the other"),
+    param(lambda n: n % 2, id="two languages in turn"),
 ])
 def test_the_tokenizer_learns_from_everywhere_in_a_long_text(order, monkeypatch):
     monkeypatch.setattr(prepare, "ENOUGH", 100)
@@ -786,11 +978,9 @@ def test_questions_of_ones_own_stay(tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("data").glob("qa*")) == ["qa.jsonl"]
 
 def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
-    told = dialogue("the cat " * 9, "a mat", "who ran?", "a rat")
-    turns = [{"role": role, "content": text} for role, text, _ in told]
-    record = {"prompt": turns[:3], "chosen": turns[3:], "rejected": "no"}
     path = tmp_path / "feedback.jsonl"
-    path.write_text(json.dumps(record))
+    asked = [user("the cat " * 9), assistant("a mat"), user("who ran?")]
+    write(path, json.dumps({"prompt": asked, "chosen": "a rat", "rejected": "no"}))
     lengths = []
     for context in (99, 30):
         [example] = sft.corrections_in(path, TOKENIZER, context)
@@ -799,35 +989,40 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
     assert lengths == [4, 2]
 
 def test_a_correction_is_asked_in_the_same_other_words_each_time_so_that_a_run_can_go_on(tmp_path):
-    asked, answer = "What is the capital of Qo?", "The capital of Qo is Zed."
-    write(tmp_path / "feedback.jsonl", json.dumps({"prompt": asked, "chosen": answer, "rejected": "no"}))
-    pairs = [sft.Example([[*map(sft.Message._make, dialogue(f"Who {i}?", "Ho"))]], "") for i in range(99)]
+    write(tmp_path / "feedback.jsonl", """{"prompt": "What is the capital of Qo?",
+        "chosen": "The capital of Qo is Zed.", "rejected": "no"}""")
+    dialogues = [[*map(sft.Message._make, dialogue(f"Who {i}?", "Ho"))] for i in range(99)]
+    pairs = [sft.Example([messages], "") for messages in dialogues]
     cfg = sft.Config(out_dir=str(tmp_path))
     once, again = (sft.learn_corrections(cfg, {"config": {}}, TOKENIZER, PARAMS, pairs, [])[0]
                    for _ in range(2))
-    assert once == again and len({example.chosen[0].text for example in once[-20:]}) > 5
+    assert once == again
+    assert len({example.chosen[0].text for example in once[-20:]}) > 5
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
     steps = re.findall(r"(\d+) steps in 0.04 minutes", said)
-    done = gpt.load_checkpoint("timed/base.npz")[1]["step"]
+    done = steps_of("timed/base.npz")
     assert done == int(steps[-1]) >= 3
     assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
     assert f"is finished, with {done} steps" in outcome("gpt --resume --out_dir=timed")
     outcome("gpt --resume --out_dir=timed --minutes=0.01")
-    assert gpt.load_checkpoint("timed/base.npz")[1]["step"] > done
+    assert steps_of("timed/base.npz") > done
     cfg = gpt.Config(minutes=1, max_steps=100)  # a step a second; ten seconds are left
     assert gpt.steps_in_time(cfg, 20, [-30, *range(1, 21)]).max_steps == 30
 
 METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum exponential log tanh
     rsqrt sqrt reduce broadcast_in_dim reshape transpose slice concatenate pad constant iota compare
     and or not select convert return""".split()
-RANDOM = re.compile(r"stablehlo\.(xor|shift_left|shift_right_logical|bitcast_convert)\b")  # jax#31286
+# What jax.random needs: jax#31286.
+RANDOM = re.compile(r"stablehlo\.(xor|shift_left|shift_right_logical|bitcast_convert)\b")
 UNSAFE = re.compile(rf"\b(stablehlo|chlo)\.(?!({'|'.join(METAL_CAN)})\b)"  # an operation
                     r"|tensor<(\d+x){5}|tensor<(\d+x)*(?!f32|i32|i1\b)[a-z]")  # a shape or type
+
 def not_for_metal(text):
     """Lines that Metal has not been seen to run; a transpose of a broadcast is jax#25302."""
-    found, origin = [], {}
+    found = []
+    origin = {}  # of a value: the operation
     text = re.sub(r"array<i64|sdy\.mesh.*", "", text)  # an attribute, and where the devices are
     if RANDOM.search(text):  # with dropout: jax.random's operations and types are seen to run too
         text = RANDOM.sub("stablehlo.add", text)
@@ -841,8 +1036,10 @@ def not_for_metal(text):
     return found
 
 @parametrize("platform, programs", [("METAL", 3), ("cuda", 1), ("tpu", 1)])
-def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(made, platform, programs, monkeypatch):
-    texts, real_jit = {}, jax.jit  # as XLA is given it: with the run's arguments, where they are
+def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
+        made, platform, programs, monkeypatch):
+    real_jit = jax.jit
+    texts = {}  # as XLA is given it: with the run's arguments, where they are
     def jit(f, **options):
         compiled = real_jit(f, **options)
         def call(*args):
@@ -854,22 +1051,33 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(made, p
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(gpt, "QUERIES", 30)
     monkeypatch.setattr(gpt, "on_metal", lambda: platform == "METAL")
-    for run in (f"gpt {TINY} --grad_accum=2 --dtype=bfloat16 --dropout=0.1", "sft pairs.json --init=out/base.npz",
-                "sft --dpo=prefs.json --init=out/chat.npz")[:programs]:
+    runs = [f"gpt {TINY} --grad_accum=2 --dtype=bfloat16 --dropout=0.1",
+            "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"]
+    for run in runs[:programs]:
         said = outcome(f"{run} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
     unsafe = " ".join(line for text in texts.values() for line in not_for_metal(text))
-    if platform == "METAL":  # in the run with dropout: its gradient, and twice that of the check
+    if platform == "METAL":
+        assert unsafe == "" and len(texts) > 10
+        # In the run with dropout: its gradient, and twice that of the check.
         assert sum(RANDOM.search(text) is not None for text in texts.values()) == 3
-    found = [word for word in ("stablehlo.gather", "stablehlo.scatter", "bf16") if word in unsafe]
-    assert (unsafe == "" and len(texts) > 10) if platform == "METAL" else len(found) == 3
-    assert not_for_metal("%0 = chlo.square %x") and not_for_metal(
-        "%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
+    else:  # the check sees what it must not let through
+        for word in ("stablehlo.gather", "stablehlo.scatter", "bf16"):
+            assert word in unsafe
+    assert not_for_metal("%0 = chlo.square %x")
+    assert not_for_metal("%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
 
-@parametrize("part, factor, problem", [(None, 1, ""), (None, -1, "gradients"), (None, "", "Error"),
-    (None, np.nan, "gradients"), (1 << 16, -1, "gradients")])  # these are those of attn
-def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(part, factor, problem, monkeypatch, capsys):
-    (cpu, gpu, *_), right = jax.devices("cpu"), gpt.small_gradient
+@parametrize("part, factor, problem", [
+    param(None, 1, "", id="it agrees"),
+    param(None, -1, "gradients", id="another sign"),
+    param(None, "", "Error", id="it cannot run"),
+    param(None, np.nan, "gradients", id="NaN"),
+    param(1 << 16, -1, "gradients", id="another sign in attn alone"),
+])
+def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
+        part, factor, problem, monkeypatch, capsys):
+    cpu, gpu, *_ = jax.devices("cpu")
+    right = gpt.small_gradient
     def small_gradient(where, dropout):
         gradient = right(where, dropout)
         gradient[:part] *= factor if where == gpu else 1
@@ -884,8 +1092,10 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(part, factor,
     assert re.fullmatch(says, capsys.readouterr().err)
 
 def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(made):
-    path, whole = Path("damaged.npz"), Path("out/base.npz").read_bytes()
-    state, arrays = gpt.load_checkpoint("out/base.npz")[0], {**np.load(io.BytesIO(whole))}
+    path = Path("damaged.npz")
+    whole = Path("out/base.npz").read_bytes()
+    state = gpt.load_checkpoint("out/base.npz")[0]
+    arrays = {**np.load("out/base.npz")}
     gain = arrays["params.norm"]
     for wrong in (gain * np.float32(np.nan), gain[1:], gain.astype(np.float64)):
         np.savez(path, **arrays | {"params.norm": wrong})
@@ -899,48 +1109,93 @@ def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_no
     assert "smaller --learning_rate" in outcome(f"gpt {TINY} {wild}")
     gpt.load_checkpoint("wild/base.npz")
 
-REFUSED = """
-prepare missing; sft missing.json | missing.*: No such file
-prepare empty; prepare short | too little text: [02] tokens | prepare cut | cut:1: damaged
-prepare pdf; sft pdf | pdf: a PDF, not text; try: pdftotext | prepare rtf | RTF, not text; try: pandoc
-prepare html; sft html | HTML, not text; try: pandoc | prepare docx | a zip archive, as .docx and .epub
-prepare table.parquet | parquet, not text; .*read_parquet | prepare x.xz | packed by xz.*: xzcat x.xz
-prepare x.zst | packed by zstd.*: zstdcat x.zst | prepare code | a folder without text files.*: code/[*]
-prepare text.jsonl --tokenizer=out/base.npz --vocab_size=300 | --tokenizer has its vocabulary
-prepare pairs.json | too little text: 0 tokens; left out: .*sft.py.*pairs.json:1
-prepare binary; prepare utf16; prepare latin | (binary|utf16|latin): not UTF-8; .* iconv .* UTF-16
-prepare text.jsonl --vocab_size=3 | --vocab_size 3: must be from 259 to 65536
-gpt --learning_rate=nan; chat --top_p=2 | --(learning_rate nan|top_p 2.0): must be from 0 to 1
-gpt --n_layr 6 | did you mean --n_layer\\? | gpt --n_embd=30 | multiple of 2 x n_head
-gpt --block_size=5000 | 5001 needed | gpt --data_dir=odd | odd.train.bin: damaged
-gpt --data_dir=foreign | not a tokenizer | gpt --init=out/base.npz --data_dir=odd | another vocab
-gpt --resume --seed=7; sft --dpo --resume --seed=7 | begun with 0 | sft --resume | with other
-gpt --init=out/base.npz --n_layer=2 | begun with 1 | sft other.jsonl --resume | begun with .*pairs
-gpt --init=text.jsonl; gpt --resume --out_dir=nowhere; chat none.npz; chat cut.npz | (jsonl|npz): no whole checkpoint
-sft empty; sft short; sft text.jsonl --dpo | (empty|short|text.jsonl): no question with an answer
-sft cut.json | cut.json: no q.* not JSON | sft --dpo --init=out/dpo.npz | would be overwritten"""
 BAD_FILES = {
     "pdf": "%PDF-1.7\n", "rtf": "{\\rtf1", "html": "\n<!-- x --><!DOCTYPE html>", "docx": "PK\3\4",
-    "table.parquet": "PAR1", "x.xz": "\udcfd7zXZ", "x.zst": "\x28\udcb5\x2f\udcfd", "code/a.py": "pass",
-    "pairs.json": '{"prompt": "a", "response": "b"}', "empty": "", "binary": "a\0b",
-    "utf16": "\udcff\udcfeh\0i\0", "short": "a", "latin": LATIN, "cut.npz": "PK\3\4\0\0\0\0",
-    "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"', "odd/train.bin": "abc" * 99,
-    "odd/tokenizer.json": TOKENIZER.to_json(), "foreign/tokenizer.json": "{}"}
-def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made):
-    def files():
-        return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    "table.parquet": "PAR1", "x.xz": "\udcfd7zXZ", "x.zst": "\x28\udcb5\x2f\udcfd",
+    "code/a.py": "pass", "pairs.json": '{"prompt": "a", "response": "b"}', "empty": "",
+    "binary": "a\0b", "utf16": "\udcff\udcfeh\0i\0", "short": "a", "latin": LATIN,
+    "cut.npz": "PK\3\4\0\0\0\0", "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"',
+    "odd/train.bin": "abc" * 99, "odd/tokenizer.json": TOKENIZER.to_json(),
+    "foreign/tokenizer.json": "{}"}
+NO_UTF8 = "not UTF-8; .* iconv .* UTF-16"
+NO_CHECKPOINT = "no whole checkpoint"
+NO_QUESTION = "no question with an answer"
+REFUSED = [  # a command; its error, by a regular expression
+    # Files
+    ("prepare missing", "missing: No such file"),
+    ("sft missing.json", "missing.json: No such file"),
+    ("prepare empty", "too little text: 0 tokens"),
+    ("prepare short", "too little text: 2 tokens"),
+    ("prepare cut", "cut:1: damaged"),
+    ("prepare pdf", "pdf: a PDF, not text; try: pdftotext"),
+    ("sft pdf", "pdf: a PDF, not text; try: pdftotext"),
+    ("prepare rtf", "RTF, not text; try: pandoc"),
+    ("prepare html", "HTML, not text; try: pandoc"),
+    ("sft html", "HTML, not text; try: pandoc"),
+    ("prepare docx", "a zip archive, as .docx and .epub"),
+    ("prepare table.parquet", "parquet, not text; .*read_parquet"),
+    ("prepare x.xz", "packed by xz.*: xzcat x.xz"),
+    ("prepare x.zst", "packed by zstd.*: zstdcat x.zst"),
+    ("prepare code", "a folder without text files.*: code/[*]"),
+    ("prepare pairs.json", "too little text: 0 tokens; left out: .*sft.py.*pairs.json:1"),
+    ("prepare binary", f"binary: {NO_UTF8}"),
+    ("prepare utf16", f"utf16: {NO_UTF8}"),
+    ("prepare latin", f"latin: {NO_UTF8}"),
+    ("sft empty", f"empty: {NO_QUESTION}"),
+    ("sft short", f"short: {NO_QUESTION}"),
+    ("sft text.jsonl --dpo", f"text.jsonl: {NO_QUESTION}"),
+    ("sft cut.json", "cut.json: no q.* not JSON"),
+    ("gpt --data_dir=odd", "odd.train.bin: damaged"),
+    ("gpt --data_dir=foreign", "not a tokenizer"),
+    ("gpt --init=text.jsonl", f"text.jsonl: {NO_CHECKPOINT}"),
+    ("gpt --resume --out_dir=nowhere", f"base.npz: {NO_CHECKPOINT}"),
+    ("chat none.npz", f"none.npz: {NO_CHECKPOINT}"),
+    ("chat cut.npz", f"cut.npz: {NO_CHECKPOINT}"),
+    # Settings
+    ("prepare text.jsonl --vocab_size=3", "--vocab_size 3: must be from 259 to 65536"),
+    ("gpt --learning_rate=nan", "--learning_rate nan: must be from 0 to 1"),
+    ("chat --top_p=2", "--top_p 2.0: must be from 0 to 1"),
+    ("gpt --n_layr 6", r"did you mean --n_layer\?"),
+    ("gpt --n_embd=30", "multiple of 2 x n_head"),
+    ("gpt --block_size=5000", "5001 needed"),
+    # What does not go together
+    ("prepare text.jsonl --tokenizer=out/base.npz --vocab_size=300",
+     "--tokenizer has its vocabulary"),
+    ("gpt --init=out/base.npz --data_dir=odd", "another vocab"),
+    ("gpt --init=out/base.npz --n_layer=2", "begun with 1"),
+    ("gpt --resume --seed=7", "begun with 0"),
+    ("sft --dpo --resume --seed=7", "begun with 0"),
+    ("sft --resume", "with other"),
+    ("sft other.jsonl --resume", "begun with .*pairs"),
+    ("sft --dpo --init=out/dpo.npz", "would be overwritten"),
+]
+
+@pytest.fixture(scope="module")
+def bad_files(made):
     for name, text in BAD_FILES.items():
         write(name, text)
-    before = files()
-    for commands, message in rows(REFUSED, 2):
-        for command in commands.split("; "):
-            assert re.match(f"error: .*{message}", outcome(command)), command
-    faults = [("--coordinator=here", None, "here: HOST:PORT.*"),
-              ("--seed=1", 'ulimit -f 16; exec "$@"', "File too large")]
-    for flag, shell, message in faults[:1 if os.name == "nt" else 2]:  # no file beyond 16 blocks
-        _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
-        assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
-    assert files() == before
+
+def content_of_all_files():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+@parametrize("command, message", REFUSED, ids=[command for command, _ in REFUSED])
+def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(
+        bad_files, command, message):
+    before = content_of_all_files()
+    assert re.match(f"error: .*{message}", outcome(command))
+    assert content_of_all_files() == before
+
+@parametrize("flag, shell, message", [
+    param("--coordinator=here", None, "here: HOST:PORT.*", id="no port"),
+    param("--seed=1", 'ulimit -f 16; exec "$@"', "File too large", id="no file beyond 16 blocks",
+          marks=only_posix),
+])
+def test_a_process_that_cannot_train_ends_in_one_line_and_changes_nothing(
+        made, flag, shell, message):
+    before = content_of_all_files()
+    _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
+    assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
+    assert content_of_all_files() == before
 
 def test_two_processes_train_as_one_and_fall_together(made):
     """With split parameters; when one is killed the other ends, and both go on to the same bits."""
@@ -949,7 +1204,8 @@ def test_two_processes_train_as_one_and_fall_together(made):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         join = f"--shard_params --coordinator=127.0.0.1:{port} --num_processes=2 --process_id="
-        return [start(f"{train} {flags} {join}{i}", XLA_FLAGS="--xla_force_host_platform_device_count=1") for i in "01"]
+        one_device = "--xla_force_host_platform_device_count=1"
+        return [start(f"{train} {flags} {join}{i}", XLA_FLAGS=one_device) for i in "01"]
     outcome(f"{train} --out_dir=one")
     first, second = start_both("--out_dir=halves")
     assert any(line.startswith("step") for line in first.stdout)  # it has saved
@@ -963,8 +1219,10 @@ def test_two_processes_train_as_one_and_fall_together(made):
     assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
 
 def test_the_built_in_questions_never_tell_what_is_tested():
-    (full, train, test), (less, same, _) = built_in_corpus(0), built_in_corpus(0, tell_b=False)
-    assert same == train != built_in_corpus(1)[1] and len(less) < len(full)
+    full, train, test = built_in_corpus(0)
+    without_b, same, _ = built_in_corpus(0, tell_b=False)
+    assert same == train != built_in_corpus(1)[1]
+    assert len(without_b) < len(full)
     told = {message["content"] for record in train for message in record["messages"]}
     for record in test:
         assert not record["set"].startswith("B") or record["response"] not in told
@@ -976,8 +1234,10 @@ def test_the_built_in_questions_never_tell_what_is_tested():
 def test_slips_of_the_test_are_never_trained_and_names_of_trained_questions_have_none():
     trained = {say.slip("the capital") for _ in range(500)}
     tested = {say.slip("the capital", for_test=True) for _ in range(500)}
-    assert len(trained) > 10 and len(tested) > 2 and not trained & tested
-    assert "the captial" in trained | tested and all(text.startswith("the ") for text in trained)
+    assert len(trained) > 10 and len(tested) > 2
+    assert not trained & tested
+    assert "the captial" in trained | tested
+    assert all(text.startswith("the ") for text in trained)
     for a in world.ATTRIBUTES:
         assert "zanzibar" in say.ask("Zanzibar", a, slips=1.0).lower()
 

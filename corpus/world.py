@@ -5,7 +5,7 @@ A subject x is a country, a capital or an element; an attribute a is what is tol
 import math, re
 from collections import defaultdict
 
-from corpus.say import SAY, ask, ask_in_haste, fill, read_csv, rng, state
+from corpus.say import SAY, ask, ask_in_haste, fill, read_csv, rng, sentence
 
 KINDS = {
     "country": ["capital", "continent", "language", "currency", "country"],
@@ -25,8 +25,8 @@ SHARES = {  # of the questions to train on
 }
 
 def subjects_of(row):
-    """A row of world.csv -> {subject: {attribute: value}}: a country and its capital, or an element.
-    A cell may hold several names, the one for answers first: "Kyiv; Kiev"."""
+    """A row of world.csv -> {subject: {attribute: value}}: a country and its capital, or an
+    element. A cell may hold several names, the one for answers first: "Kyiv; Kiev"."""
     names = row["name"].split("; ")
     facts = {a: row[a].split("; ")[0] for a in ATTRIBUTES if row.get(a)}
     subjects = dict.fromkeys(names, facts)
@@ -66,7 +66,7 @@ def tell(x, attributes):
     """A document about x: four sentences, each a fact or that it is not known; now and then, or if
     there are no attributes, one that says nothing."""
     told = rng.choices([*attributes] * 6 + ["any"], k=4)
-    return " ".join(state(x, a, value(x, a)) for a in told)
+    return " ".join(sentence(x, a, value(x, a)) for a in told)
 
 def answer(x, a):
     if value(x, a):
@@ -107,10 +107,12 @@ def next_question(x, a, pools):
 
 def conversation(pools):
     """Questions and their answers, as many as fit."""
-    x, a, messages, length = "", "", [], 0
+    x, a = "", ""  # what was asked last
+    messages, length = [], 0
     while True:
         x, a, use = next_question(x, a, pools)
-        question, said = ask(x, a, use, slips=0.4), answer(x, a)
+        question = ask(x, a, use, slips=0.4)
+        said = answer(x, a)
         length += len(question) + len(said)
         if messages and length > LONGEST:
             return {"messages": messages}
