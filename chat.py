@@ -79,7 +79,8 @@ def load(path):
     return reply
 
 def correct(messages, better, path):
-    """Add what the last answer should have been to a file, whole or not at all, as trl has it."""
+    """Add what the last answer should have been to a file, whole or not at all, in the format of
+    the library trl."""
     if not messages or not messages[-1].text or not better:
         raise InputError("/better TEXT says what the last answer should have been")
     *prompt, last = [{"role": role, "content": text} for role, text, _ in messages]
@@ -131,7 +132,7 @@ def converse(reply, cfg, path):
                 new, given = read_flags(Config, [f"--{command[1:]}", value], __doc__)
                 cfg = replace(cfg, **{name: getattr(new, name) for name in given})
             else:
-                asked = [*messages, Message("user", line)]  # the oldest may go, see prompt_ids
+                asked = [*messages, Message("user", line)]  # prompt_ids may take its oldest away
                 shown, seen, said = [], [], ""
                 for piece in reply(asked, cfg, seen):
                     print(printable(piece), end="", flush=True)

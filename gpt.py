@@ -59,7 +59,7 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(3200, "optimiser steps", low=1)
+    max_steps: int = setting(3100, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
@@ -207,9 +207,9 @@ def attention(x, wqkv, wo, position, cache, cfg):
     if cache is None:
         y = jax.vmap(causal_heads)(q, k, v)
     else:
-        # One new token a sequence. The cache has a slot for each of the S = block_size positions
-        # (generate() makes it from rows that are padded to so many): key and value of the token go
-        # into its own, and it sees those up to there.
+        # One new token a sequence. The cache has a slot for each of the S = block_size positions;
+        # generate() fills all of them at first, with the prompt and padding. Key and value of the
+        # token go into its own slot, and it sees those up to there.
         slots = np.arange(cfg.block_size)[None]
         here = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
         k = jnp.where(here, k, cache[0])
@@ -306,13 +306,13 @@ def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
     correct1 = 1 - jnp.exp(t * math.log(beta1))
     correct2 = 1 - jnp.exp(t * math.log(beta2))
 
-    def update(p, m, v):
+    def new_value(p, m, v):
         # Some rows of the embedding are held fixed in sft.py and never have a gradient: without
         # this they would decay there.
         decay = jnp.where(v > 0, cfg.weight_decay * p, 0) if p.ndim > 1 else 0
         return p - rate * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay)
 
-    return {"params": jax.tree.map(update, state["params"], m, v), "m": m, "v": v}
+    return {"params": jax.tree.map(new_value, state["params"], m, v), "m": m, "v": v}
 
 def placements(rows, devices=None):
     """Where arrays live, -> (whole, split): a copy on each device, or divided among them along the
@@ -346,6 +346,7 @@ def make_step(objective, batch_at, cfg, placed):
     objective(params, batch, key) -> (sum, count) of a micro-batch; batch_at(n) gives the n-th of
     the run; placed: where the state lives. Micro-batches are added up, then divided once."""
     whole, split = placements(cfg.batch_size)
+    # It returns ((sum, count), gradients).
     gradient = jax.jit(jax.value_and_grad(objective, has_aux=True),
                        out_shardings=((whole, whole), placed["params"]))
 
@@ -359,10 +360,11 @@ def make_step(objective, batch_at, cfg, placed):
     def step(state, number, rate):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
-            # Those of sft.py may not divide evenly: then each device has all of it.
+            # With DPO there are more rows than batch_size; if they do not divide evenly, each
+            # device has all of them.
             batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
             key = np.array([cfg.seed, n], np.uint32)  # two numbers, as jax.random takes them
-            new = gradient(state["params"], batch, key)  # ((sum, count), gradients)
+            new = gradient(state["params"], batch, key)
             jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
             sums = jax.tree.map(jnp.add, sums, new) if sums else new
         return update(state, sums, np.float32(number + 1), np.float32(rate))
@@ -386,20 +388,21 @@ def random_batch(ids, n, T, seed, number):
     that a resumed run sees the same. A row begins at a place that is drawn; but if its document
     begins less than T / 2 before that, it begins there, with the <|end|> in front:
 
-        ids    ... y z <|end|> a b c d e f g h i j ...      T = 8
-        drawn                      ^
-        row            <|end|> a b c d e f g h
+        ids   ... y z <|end|> a b c d e f g h i j ...      T = 8, drawn: d
+        x             <|end|> a b c d e f g
+        y                     a b c d e f g h
 
     So a document's first tokens are mostly seen with all that they follow from, and each token is
-    a target 0.5 to 1.5 times as often as in the text. Documents in a row see each other."""
+    a target 0.5 to 1.5 times as often as in the text (counted). In a row with two documents the
+    second sees the first."""
     rows = []
     for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
         earliest = max(0, start + 1 - T // 2)
-        ends = np.flatnonzero(ids[earliest:start + 1] == END)
-        if len(ends):
-            start = earliest + ends[-1]
+        ends_before = earliest + np.flatnonzero(ids[earliest:start + 1] == END)
+        if len(ends_before):
+            start = ends_before[-1]
         row = ids[start:start + T + 1]
-        if earliest == 0 and not len(ends):  # the first document has no <|end|> in front
+        if earliest == 0 and not len(ends_before):  # the first document has no <|end|> in front
             row = np.append(END, ids[:T])
         rows.append(row)
     batch = np.array(rows, np.int32)
@@ -455,11 +458,11 @@ def make_generator(cfg):
     cfg = replace(cfg, dtype="float32")  # rounding all weights for a token is slower
 
     @jax.jit
-    def all_tokens(params, tokens, last):
+    def all_tokens(params, tokens, position):
         """Rows of padded tokens (B, T) -> logits (B, V) of what follows the last token of each, at
-        index last (B, 1), and the cache."""
+        its position (B, 1), and the cache."""
         x, cache = forward(params, tokens, cfg)
-        x = x * jax.nn.one_hot(last[:, 0], T)[..., None]  # x[row, last], as Metal can
+        x = x * jax.nn.one_hot(position[:, 0], T)[..., None]  # x[row, position], as Metal can
         return logits_of(params, x.sum(1), cfg), cache
 
     @jax.jit
@@ -480,14 +483,14 @@ def make_generator(cfg):
                 cache = None
                 # T may be 1: row[-0:] would be all of it.
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
-            last = put(np.int32([[len(row) - 1] for row in rows]), split)
+            position = put(np.int32([[len(row) - 1] for row in rows]), split)  # of the last token
             if cache is None:
-                # The padding leaves keys that are overwritten before they are looked at.
+                # A row does not look at the slots of its padding before its own tokens fill them.
                 tokens = put(np.int32([row + [END] * (T - len(row)) for row in rows]), split)
-                logits, cache = all_tokens(params, tokens, last)
+                logits, cache = all_tokens(params, tokens, position)
             else:
                 tokens = put(np.int32([row[-1:] for row in rows]), split)
-                logits, cache = one_token(params, tokens, last, cache)
+                logits, cache = one_token(params, tokens, position, cache)
             logits = np.asarray(logits)
             new = [END if previous == END else sample(scores, row, rng, **how)
                    for previous, scores, row in zip(new, logits, rows)]
@@ -560,18 +563,19 @@ MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "ou
               "shard_params", "coordinator", "num_processes", "process_id", "eval"}
 
 def inherit(cfg, given, about, path):
-    """cfg with the settings of the checkpoint at path: those of the model or, on --resume, all that
-    may not change. given: names of the flags on the command line; one that says otherwise than the
-    checkpoint is refused."""
+    """cfg with the settings of the checkpoint at path: those of the model or, on --resume, all but
+    those that are given anew and may be. given: names of the flags on the command line; one that
+    may not change and says otherwise than the checkpoint is refused."""
     saved = about["config"]
-    names = MODEL
+    inherited = MODEL
     if cfg.resume:
-        names = saved.keys() - (MAY_CHANGE & given) - {"out_dir"}  # the folder may have moved
-    for name in given & names:
+        inherited = saved.keys() - (MAY_CHANGE & given)
+        inherited -= {"out_dir"}  # the folder may have moved
+    for name in given & inherited:
         if saved[name] != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
                              " leave it out or start afresh")
-    return replace(cfg, **{name: saved[name] for name in names})
+    return replace(cfg, **{name: saved[name] for name in inherited})
 
 # ---------------------------------------------------------------- training loop
 def log_of(path):
@@ -580,7 +584,8 @@ def log_of(path):
 
 def steps_in_time(cfg, done, ticks):
     """cfg with as many steps as --minutes have room for at the pace so far. ticks: when the run was
-    started and when each step since then ended, as time.perf_counter() has it."""
+    started and when each step since then ended, in seconds. With --minutes 1, begun at -30, and
+    20 steps done at 1, 2 ... 20, there is time for 10 more: max_steps is 30."""
     began, first, *_, now = ticks
     pace = max(1e-9, (now - first) / (len(ticks) - 2))  # seconds; the first step was compiled too
     left = began + 60 * cfg.minutes - now
@@ -619,11 +624,13 @@ def lower(best, new):
     """Of two [step, nats, bits a byte] the one with the lower loss, if there is one."""
     _, lowest, _ = best
     _, nats, _ = new
-    return best if nats is None or lowest and lowest < nats else new
+    if nats is None or (lowest and lowest < nats):
+        return best
+    return new
 
-def save(cfg, path, state, about, best, must=False, keep=False):
-    """Save a checkpoint -> the state, collected from all processes. It is the best one too if best
-    is new. If it need not be saved (must), a failure is told and no more."""
+def save(cfg, path, state, about, best, must_succeed=False, keep=False):
+    """Save a checkpoint, also as the best one if best is new -> the state, collected from all
+    devices and processes. Unless it must succeed, a failure is told and no more."""
     about["config"] = asdict(replace(cfg, minutes=0.0))  # they became steps
     state = process_allgather(state, tiled=True)
     try:
@@ -631,9 +638,9 @@ def save(cfg, path, state, about, best, must=False, keep=False):
             save_checkpoint(path, state, about | {"best": best}, keep)
             if best != about["best"]:
                 link(path, path.with_suffix(".best.npz"))
-        about["best"] = best
+        about["best"] = best  # only now is it on the disk
     except OSError as e:
-        if must:
+        if must_succeed:
             raise
         say(f"{path}: not saved ({e.strerror}); the next validation tries again")
     return state
@@ -708,7 +715,8 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     state = jax.tree.map(put, state, placed)
 
     with only_writer(path.parent) if writes() else nullcontext(), wishes_to_stop() as wishes:
-        saved = save(cfg, path, state, about, about["best"], must=True, keep=not cfg.resume)
+        saved = save(cfg, path, state, about, about["best"], must_succeed=True,
+                     keep=not cfg.resume)
         begin_files(path, about, fresh=not cfg.resume)  # a full disk fails now
         last = False
         while not last:
@@ -733,7 +741,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
                 write_row(cfg, about, path, stays=last or due)
             if last or due:
                 best = lower(about["best"], [done, nats, bits])
-                saved = save(cfg, path, state, about, best, must=last)
+                saved = save(cfg, path, state, about, best, must_succeed=last)
     conclude(cfg, about, path)
     if not finished:
         sys.exit(130)  # interrupted
@@ -830,7 +838,7 @@ def main(argv):
     validate = make_validation(load_tokens(data_dir / "val.bin", tokenizer, 2), tokenizer, cfg)
     batch_at = partial(random_batch, ids, cfg.batch_size, cfg.block_size, cfg.seed)
     checksum = zlib.crc32(ids)
-    if not cfg.resume:
+    if not cfg.resume:  # a new run, also with --init
         about = {"kind": "base", "tokenizer": tokenizer.to_json(), "text": checksum}
     if about.get("text", checksum) != checksum:
         raise InputError(f"{data_dir}: another text than {path} was begun with; --init {path}"

@@ -25,7 +25,8 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 END, USER, ASSISTANT = range(3)
 FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges as they were learned
 
-# GPT-4's way of splitting text into words; merges never cross a word. A combining mark (an accent,
+# GPT-4's way of splitting text into words; merges never cross a word: "It's 12345 naïve!" becomes
+# "It", "'s", " ", "123", "45", " naïve", "!". A combining mark (an accent,
 # a vowel sign) stays with its letter. A word has at most 255 letters, or a megabyte of one letter
 # would take quadratic time; in scripts without spaces at most 4, or nearly all words would differ.
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
@@ -69,9 +70,9 @@ def train_bpe(words, vocab_size):
         minus_bound, pair = heapq.heappop(queue)
         affected = where[pair] & uses.keys()
         n = sum(uses[word] * [*itertools.pairwise(word)].count(pair) for word in affected)
-        if n < -minus_bound:
+        if n < -minus_bound:  # it may not be the most frequent: back, with its true count
             heapq.heappush(queue, (-n, pair))
-        elif n > 1:
+        elif n > 1:  # it is: merge it; if it is there once or never, it is forgotten
             new = FIRST_MERGE + len(merges)
             merges.append(tuple(map(ord, pair)))
             for word in affected:
@@ -159,6 +160,7 @@ NOT_TEXT = [
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 LONGEST_LINE = 1 << 20  # characters that are read at once
 BORDER = re.compile(r"<\|endoftext\|>\n?")  # between documents, in dumps of GPT-2 and TinyStories
+# Names of text files, but for those that these programs write.
 TEXT_NAME = re.compile(r"(?!tokenizer\.json|qa(_test)?(\.prev)?\.jsonl|feedback\.jsonl)[^.].*"
                        r"\.(txt|text|md|markdown|rst|jsonl?|ndjson)(\.gz|\.bz2)?", re.I)
 
@@ -327,7 +329,8 @@ def read_documents(files):
                     else:
                         count("empty documents", source)
                     document = ""
-                # A piece never holds only the blank end of a document.
+                # Not if only blanks are left: a piece of nothing but the blank end of a document
+                # would be taken for an empty one, and its end be lost.
                 if len(document) > PIECE and rest.strip():
                     yield document, False
                     document = ""
@@ -627,7 +630,7 @@ def only_writer(folder):
     own = folder / f".lock{os.getpid()}"
     with ExitStack() as stack:
         if not locks(folder / ".lock", stack):
-            drive_has_locks = locks(own, stack)
+            drive_has_locks = locks(own, stack)  # of a file that nobody else has
             with suppress(OSError):
                 own.unlink()
             if drive_has_locks:

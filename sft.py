@@ -50,8 +50,9 @@ SYSTEM_ROLES = {"system", "developer"}  # what such a turn says is put before th
 SYSTEM_FIELDS = ["system", "system_prompt"]
 QUESTION_FIELDS = ["history", "prompt", "instruction", "question", "input", "context"]
 ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
-IMITATION = [ANSWER_FIELDS]  # a kind of record: for each of its dialogues the fields of the answer
-PREFERENCE = [["chosen"], ["rejected"]]
+# Kinds of records: for each dialogue that is in one, the fields that may hold its answer.
+IMITATION = [ANSWER_FIELDS]  # one dialogue
+PREFERENCE = [["chosen"], ["rejected"]]  # two
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
 def role_of(turn):
@@ -133,7 +134,7 @@ def example_of(record, kind, source):
         unused -= used
         messages = messages_of(turns, source)
         if kind is PREFERENCE:
-            messages[:-1] = [Message(m.role, m.text) for m in messages[:-1]]
+            messages[:-1] = [m._replace(trained=False) for m in messages[:-1]]
         dialogues.append(messages)
 
     chosen, *rejected = dialogues
@@ -266,10 +267,13 @@ def log_probs(params, x, y, w, cfg, key=None):
 
 def dpo_loss(params, batch, key, cfg):
     """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum over pairs, number of them).
-    batch: x, y, w (N, T) of n answers, each chosen one before its rejected one, then of N - n rows
-    of pretraining text; reference (n,): log-probabilities by the model before training. Added are
-    the loss per token of the chosen, or it too would become less probable (arXiv 2404.19733), and
-    that of the text."""
+    batch: x, y, w (N, T), of which n rows are answers and the others pretraining text:
+
+        chosen 1, rejected 1, chosen 2, rejected 2 ... rejected n / 2, text 1, text 2 ...
+
+    and reference (n,), log-probabilities of the answers by the model before training. Added to the
+    loss of the paper are the loss per token of the chosen answers, or they too would become less
+    probable (arXiv 2404.19733), and that of the text."""
     x, y, w, reference = batch
     n = len(reference)
     logp = log_probs(params, x, y, w, cfg, key)  # (N,)
@@ -307,7 +311,7 @@ def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all; half the time in other words, then
     without what was said before (reworded)."""
     examples = []
-    times = 1 + n_others // (1 + 4 * len(corrections))
+    times = 1 + n_others // (1 + 4 * len(corrections))  # the second 1: there may be none
     for example in corrections * times:
         question, answer = example.chosen[-2:]
         asked = Message("user", reworded(question.text, answer.text))
@@ -319,9 +323,9 @@ def enough_of(corrections, n_others):
 def preferences_of(examples, ask=None):
     """Questions and answers -> preferences, one for the first question of each. Its answer is
     chosen; what the model says itself, by ask(examples, temperature), is rejected if it differs:
-    made up, or "I do not know that." of what it was told. If it does not, or nobody is asked, no
-    token of the rejected one is trained: then its log-probability counts as 0, and the example only
-    holds the chosen one where it is."""
+    made up, or "I do not know that." of what it was told. If there is nothing to reject, the
+    rejected one has no trained token, so its log-probability counts as 0 before and after: the
+    example only holds the chosen one in place."""
     known, unknown = [], []
     for example in examples:
         question, answer = example.chosen[:2]
@@ -380,8 +384,8 @@ class Config(gpt.Config):
     dpo: str = setting(None, "learn preferences [corrections, built-in ones]", nargs="?", const="")
     weight_decay: float = setting(0.0, "of matrices")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
-    batch_size: int = setting(16, "rows in a micro-batch [with --dpo: 24]", low=1)
-    max_steps: int = setting(2400, "optimiser steps [with --dpo: 200]", low=1)
+    batch_size: int = setting(16, "examples and texts in a micro-batch [with --dpo: 24]", low=1)
+    max_steps: int = setting(2750, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 5 % of it [--dpo: 3e-4]")
 
 def warn_of_another_base(path, about):
@@ -436,12 +440,12 @@ def with_replayed(batch, old_x, old_y, old_w):
     return [x, y, w, *reference]
 
 def held_out_loss(objective, batches, params):
-    """-> (mean loss, no bits a byte), as gpt.train takes it; of nothing, nothing."""
+    """-> (mean loss, None for the bits a byte), as gpt.train takes it."""
     if not batches:
         return None, None
     sums = [objective(params, batch, None) for batch in batches]
     total, number = np.sum(jax.device_get(sums), 0)
-    return float(total / number), ""
+    return float(total / number), None
 
 def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
@@ -457,8 +461,8 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params
     part = 1 / 4 if by_dpo else 1 / 8
     n_old = int(cfg.batch_size * part + 0.5) if len(text) else 0
     n_new = cfg.batch_size - n_old
-    # The embedding of each token of that text is held fixed: those of names that are asked about
-    # would move, and those that never are would be left behind.
+    # The embedding of each token of that text is held fixed. Else those of names that are asked
+    # about would move, and those of B, which never are, would stay behind.
     frozen = np.isin(np.arange(cfg.vocab_size), text)
     loss = dpo_loss if by_dpo else gpt.loss
     reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
@@ -515,7 +519,8 @@ def learn_preferences(cfg, tokenizer, path, pairs, preferences, test):
     the corrections."""
     if Path(cfg.init) == path:
         raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-    state, about, _ = load_start(cfg.init, cfg)  # a resumed run has gone on from it
+    # Loaded anew: the state of a resumed run is not that of before any more.
+    state, about, _ = load_start(cfg.init, cfg)
     before = state["params"]
     if preferences:
         return preferences + preferences_of(pairs), test, before
@@ -527,6 +532,7 @@ def main(argv):
     path = Path(cfg.out_dir, "dpo.npz" if by_dpo else "chat.npz")
     if cfg.resume:
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
+        # --dpo without a file goes on with the file that the run was begun with.
         cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
     elif by_dpo:
         cfg = replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})

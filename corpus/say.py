@@ -31,7 +31,9 @@ def wording(use, about="any"):
     "Say {noun}." -> "Say the {name} of {x}." -> "Say the capital of {x}." """
     own = SAY[about, use]
     shared = SAY["any", use] if SAY[about, "name"] else []
-    some = [wordings for wordings in (own, shared) if wordings] or [SAY[about, "question"]]
+    some = [wordings for wordings in (own, shared) if wordings]
+    if not some:  # a topic without a name, such as jokes: it has questions and nothing else
+        some = [SAY[about, "question"]]
     text = rng.choice(rng.choice(some))
     return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], about), text)
 

@@ -8,10 +8,10 @@ from collections import defaultdict
 from corpus.say import SAY, ask, ask_in_haste, fill, read_csv, rng, sentence
 
 KINDS = {
-    "country": ["capital", "continent", "language", "currency", "country"],
+    "place": ["capital", "continent", "language", "currency", "country"],
     "element": ["symbol", "number"],
 }
-ATTRIBUTES = KINDS["country"] + KINDS["element"]
+ATTRIBUTES = KINDS["place"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
 SHARES = {  # of the questions to train on
     "A": 27,  # told: the capital of Peru
@@ -20,8 +20,8 @@ SHARES = {  # of the questions to train on
     "U, mentioned": 1,  # the capital of Bavaria, which documents name, but tell nothing about
     "U, nowhere, real": 3.5,  # the capital of Texas; in training one document says: not known
     "U, nowhere, made up": 1.5,  # the capital of Tovania; of others documents say: not known
-    "U, cannot have": 2.5,  # the capital of gold
-    "U, other matters": 10,  # the king of Peru; Who wrote Hamlet?
+    "U, cannot have": 3,  # the capital of gold
+    "U, other matters": 11,  # the king of Peru; Who wrote Hamlet?
 }
 
 def subjects_of(row):
@@ -46,7 +46,7 @@ TAKEN = KNOWN | {bare(row["name"]) for row in UNKNOWN}
 
 ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr gr pl qu st th tr".split() + [""]
 ENDINGS = {  # of made-up names
-    "country": ["", "n", "nia", "land", "stan", "ra", "r", "ville", "s"],
+    "place": ["", "n", "nia", "land", "stan", "ra", "r", "ville", "s"],
     "element": ["ium", "on", "ine", "um"],
 }
 
@@ -81,15 +81,17 @@ def reworded(question, statement):
         for template in SAY[a, "statement"]:
             found = re.fullmatch(fill(template, "(?P<x>.+)", "(?P<v>.+)"), statement)
             # "Paris is in France." looks like "{x} is in {v}.", of continents; but France is none.
+            # A sentence that names its attribute ("The capital of ...") cannot be mistaken.
             is_of_a = found and (a in template or found["v"] in values)
             if is_of_a and rng.random() < 0.5:
                 return ask(found["x"], a)
     return question
 
 def means_country(x, a):
-    """Whether a question about x's continent, "Where is it?", may mean its country: of a capital
-    that is told, its continent is not."""
-    return a == "continent" and [*FACTS.get(x, ())] == ["country"]
+    """Whether it is the continent of what is a capital only. Nobody tells that, but "Where is
+    Lima?" has an answer, its country, so it is not unknown."""
+    is_only_a_capital = [*FACTS.get(x, ())] == ["country"]
+    return a == "continent" and is_only_a_capital
 
 LONGEST = 190  # characters of a conversation; the 64 tokens that the model sees hold about so many
 
@@ -111,7 +113,7 @@ def conversation(pools):
     messages, length = [], 0
     while True:
         x, a, use = next_question(x, a, pools)
-        question = ask(x, a, use, slips=0.4)
+        question = ask(x, a, use, slips=0.45)
         said = answer(x, a)
         length += len(question) + len(said)
         if messages and length > LONGEST:
@@ -126,7 +128,8 @@ def tell_known(row, group, pools):
         documents += [tell(x, ATTRIBUTES) for _ in range(3)]
         for a in ATTRIBUTES:
             if a in facts:
-                # Of one or two they come twice, so that each attribute is asked as often.
+                # Capitals and elements have one fact or two. These count double, so that each
+                # attribute is asked as often.
                 pools[group] += [(x, a)] * (2 if len(facts) < 3 else 1)
             elif not means_country(x, a):
                 pools["U, cannot have"].append((x, a))
@@ -198,5 +201,5 @@ def built_in_corpus(seed, tell_b=True):
     rng.shuffle(documents)
     rng.seed(seed)  # the control has the same questions
     exam = list(examination({"A": train["A"]} | test))
-    conversations = [conversation(train) for _ in range(36000)]
+    conversations = [conversation(train) for _ in range(42000)]
     return documents, conversations, exam
