@@ -59,7 +59,7 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(3100, "optimiser steps", low=1)
+    max_steps: int = setting(3200, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 5 % of it")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
@@ -451,9 +451,8 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
 
 def make_generator(cfg):
     """-> generate(params, prompts, max_new_tokens, rng, **how), how being that of sample().
-    prompts: lists of ids. Yields after each step the list of new ids, END for a row that has ended,
-    and the logits (B, V) that they were chosen by. A row that fills the context goes on from its
-    last half."""
+    prompts: lists of ids. Yields after each step the new ids, END for a row that has ended, and the
+    logits (B, V) they were chosen by. A row that fills the context goes on from its last half."""
     T = cfg.block_size
     cfg = replace(cfg, dtype="float32")  # rounding all weights for a token is slower
 
@@ -731,8 +730,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
             stopped = of_all(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps
-            # If the loss is not finite, saving raises an error, and that ends the run.
-            last = finished or stopped or not math.isfinite(value)
+            last = finished or stopped or not math.isfinite(value)  # then saving raises an error
             due = cfg.eval_every and (finished or done % cfg.eval_every == 0)
             nats, bits = validate(state["params"]) if due else (None, None)
             if last or due or done == 1 or done % cfg.log_every == 0:

@@ -382,10 +382,10 @@ class Config(gpt.Config):
     eval: str = setting((), "questions to test with; without pairs nothing is trained", nargs=1)
     show: int = setting(0, "print this many examples with what is trained, and stop")
     dpo: str = setting(None, "learn preferences [corrections, built-in ones]", nargs="?", const="")
-    weight_decay: float = setting(0.0, "of matrices")
+    weight_decay: float = setting(0.3, "of matrices [with --dpo: 0]")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(16, "examples and texts in a micro-batch [with --dpo: 24]", low=1)
-    max_steps: int = setting(2750, "optimiser steps [with --dpo: 200]", low=1)
+    max_steps: int = setting(2500, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 5 % of it [--dpo: 3e-4]")
 
 def warn_of_another_base(path, about):
@@ -447,6 +447,16 @@ def held_out_loss(objective, batches, params):
     total, number = np.sum(jax.device_get(sums), 0)
     return float(total / number), None
 
+def with_fixed_rows(loss, frozen, cfg):
+    """-> objective(params, batch, key), the loss, but some rows of the embedding get no gradient."""
+    @jax.jit
+    def objective(params, batch, key):
+        fixed = jax.lax.stop_gradient(params["wte"])
+        wte = jnp.where(frozen[:, None], fixed, params["wte"])
+        return loss(params | {"wte": wte}, batch, key, cfg)
+
+    return objective
+
 def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
     or, with the parameters of a reference, by DPO."""
@@ -464,14 +474,8 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params
     # The embedding of each token of that text is held fixed. Else those of names that are asked
     # about would move, and those of B, which never are, would stay behind.
     frozen = np.isin(np.arange(cfg.vocab_size), text)
-    loss = dpo_loss if by_dpo else gpt.loss
+    objective = with_fixed_rows(dpo_loss if by_dpo else gpt.loss, frozen, cfg)
     reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
-
-    @jax.jit
-    def objective(params, batch, key):
-        fixed = jax.lax.stop_gradient(params["wte"])
-        wte = jnp.where(frozen[:, None], fixed, params["wte"])
-        return loss(params | {"wte": wte}, batch, key, cfg)
 
     def batch_of(some):
         x, y, w = some.reshape(-1, 3, cfg.block_size).swapaxes(0, 1)
@@ -496,7 +500,8 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
 
-DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24}  # other defaults
+# Other defaults.
+DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24, "weight_decay": 0.0}
 
 def begin(cfg, given, name, script):
     """A new run -> (settings, state, about, tokenizer), from --init or from the file in out_dir of
