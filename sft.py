@@ -448,7 +448,7 @@ def held_out_loss(objective, batches, params):
     return float(total / number), None
 
 def with_fixed_rows(loss, frozen, cfg):
-    """-> objective(params, batch, key), the loss, but some rows of the embedding get no gradient."""
+    """-> objective(params, batch, key): the loss, but these rows of the embedding do not move."""
     @jax.jit
     def objective(params, batch, key):
         fixed = jax.lax.stop_gradient(params["wte"])
@@ -500,7 +500,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
 
-# Other defaults.
+# With --dpo these are the defaults.
 DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24, "weight_decay": 0.0}
 
 def begin(cfg, given, name, script):
