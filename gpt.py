@@ -59,9 +59,9 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(3200, "optimiser steps", low=1)
+    max_steps: int = setting(3100, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
-    learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 5 % of it")
+    learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 0")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
     weight_decay: float = setting(0.6, "of matrices")  # much: the text is seen many times
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
@@ -282,12 +282,12 @@ rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
 # ---------------------------------------------------------------- optimiser and step
 def learning_rate(step, cfg):
-    """Step (from 0) -> linear warm-up, then a cosine from the peak to 5 % of it at max_steps."""
+    """Step (from 0) -> linear warm-up, then a cosine from the peak to 0 at max_steps."""
     warmup = cfg.warmup * cfg.max_steps
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
     part = (step - warmup) / (cfg.max_steps - warmup)
-    return cfg.learning_rate * (0.525 + 0.475 * math.cos(math.pi * part))  # from 1 to 0.05
+    return cfg.learning_rate * (1 + math.cos(math.pi * part)) / 2
 
 def new_state(params):
     """What a step changes: parameters, and Adam's means of the gradient (m) and its square (v)."""

@@ -82,7 +82,7 @@ def sentence(x, a, v):
         template = rng.choice(SAY[a, "statement"])
     else:
         template = wording("not known", a)
-    return careless(fill(template, as_typed(x), v))
+    return careless(fill(template, x, v))
 
 def ask(x, a, use="question", slips=0.0):
     """A question as people type it: some with a slip, with words before or after it, without its

@@ -201,5 +201,5 @@ def built_in_corpus(seed, tell_b=True):
     rng.shuffle(documents)
     rng.seed(seed)  # the control has the same questions
     exam = list(examination({"A": train["A"]} | test))
-    conversations = [conversation(train) for _ in range(39000)]
+    conversations = [conversation(train) for _ in range(41000)]
     return documents, conversations, exam
