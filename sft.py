@@ -84,17 +84,21 @@ def turns_of(record, answer_fields):
     answered = turns_in(record, answer_fields, "assistant")
     return system + asked + answered, {*SYSTEM_FIELDS, *QUESTION_FIELDS, *answer_fields}
 
+def pair_of(turn):
+    """LLaMA-Factory's [question, answer] as two turns; a turn as it is."""
+    if not isinstance(turn, list):
+        return [turn]
+    question, answer = turn
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
 def turns_in(record, fields, role):
     """What is in these fields, as turns: texts, which are said in this role, or lists of turns."""
     turns = []
     for name in fields:
         said = record.get(name)
-        if name == "history" and said and isinstance(said[0], list):  # LLaMA-Factory's
-            for question, answer in said:
-                turns.append({"role": "user", "content": question})
-                turns.append({"role": "assistant", "content": answer})
-        elif isinstance(said, list):
-            turns += said
+        if isinstance(said, list):
+            for turn in said:
+                turns += pair_of(turn) if name == "history" else [turn]
         elif text_of(said).strip():
             turns.append({"role": role, "content": said})
     return turns
