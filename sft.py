@@ -470,10 +470,8 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params
         checksum = zlib.crc32(reference_params["blocks"][0]["attn"]["wqkv"], checksum)
     held_out, rows = np.split(rows, [n_held])
     text = text_to_replay(cfg, about, tokenizer)
-    # Some rows of each batch are pretraining text, so that it is not forgotten (arXiv 2503.21676);
-    # more where a few corrections are to change nothing else.
-    part = 1 / 4 if by_dpo else 1 / 8
-    n_old = int(cfg.batch_size * part + 0.5) if len(text) else 0
+    # A fifth of each batch is pretraining text, so that it is not forgotten (arXiv 2503.21676).
+    n_old = round(cfg.batch_size / 5) if len(text) else 0
     n_new = cfg.batch_size - n_old
     # The embedding of each token of that text is held fixed. Else those of names that are asked
     # about would move, and those of B, which never are, would stay behind.
