@@ -1006,16 +1006,19 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
         assert example.chosen[-1].text == "a rat"
     assert lengths == [4, 2]
 
-def test_a_correction_is_asked_in_the_same_other_words_each_time_so_that_a_run_can_go_on(tmp_path):
+def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(
+        tmp_path):
     write(tmp_path / "feedback.jsonl", """{"prompt": "What is the capital of Qo?",
         "chosen": "The capital of Qo is Zed.", "rejected": "no"}""")
-    dialogues = [[*map(sft.Message._make, dialogue(f"Who {i}?", "Ho"))] for i in range(99)]
-    pairs = [sft.Example([messages], "") for messages in dialogues]
+    answers = [(f"Who {i}?", "Ho") for i in range(99)]
+    answers += [("What is the capital of Qo?", "The old answer.")] * 20
+    pairs = [sft.Example([[*map(sft.Message._make, dialogue(*said))]], "") for said in answers]
     cfg = sft.Config(out_dir=str(tmp_path))
     once, again = (sft.learn_corrections(cfg, {"config": {}}, TOKENIZER, PARAMS, pairs, [])[0]
                    for _ in range(2))
     assert once == again
     assert len({example.chosen[0].text for example in once[-20:]}) > 5
+    assert "The old answer." not in {example.chosen[-1].text for example in once}
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
