@@ -332,10 +332,11 @@ def test_answers_and_their_ends_are_trained_and_nothing_else():
     assert [*y] == ids[1:] + padding
     assert [*y[w == 1]] == [*a1, END, *a2, END]  # not what follows an end, not the padding
 
-def test_a_question_all_in_capitals_is_read_in_small_letters():
+def test_a_question_all_in_capitals_is_read_in_small_letters_and_an_answer_as_it_is():
     def ids_of(question):
-        return sft.render(dialogue(question, "A MAT"), TOKENIZER)
+        return sft.render(dialogue(question, "ON THE MAT"), TOKENIZER)[0]
     assert ids_of("THE CAT?") == ids_of("the cat?") != ids_of("The cat?")
+    assert TOKENIZER.decode(ids_of("THE CAT?")) == " the cat? ON THE MAT"
     assert sft.as_read("NASA?") == "NASA?"
 
 def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
