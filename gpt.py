@@ -606,7 +606,8 @@ def check_room(path):
         room.write(path.read_bytes())
 
 def begin_files(path, about, fresh):
-    """The log so far. A fresh run keeps the log and the best of the one before as *.prev.*"""
+    """Check the room on the disk and write the log so far. A fresh run keeps the log and the best
+    of the one before as *.prev.*"""
     if not writes():
         return
     check_room(path)
@@ -716,7 +717,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     with only_writer(path.parent) if writes() else nullcontext(), wishes_to_stop() as wishes:
         saved = save(cfg, path, state, about, about["best"], must_succeed=True,
                      keep=not cfg.resume)
-        begin_files(path, about, fresh=not cfg.resume)  # a full disk fails now
+        begin_files(path, about, fresh=not cfg.resume)
         last = False
         while not last:
             rate = learning_rate(done, cfg)
@@ -730,7 +731,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
             stopped = of_all(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps
-            last = finished or stopped or not math.isfinite(value)  # then saving raises an error
+            last = finished or stopped or not math.isfinite(value)  # NaN: saving raises an error
             due = cfg.eval_every and (finished or done % cfg.eval_every == 0)
             nats, bits = validate(state["params"]) if due else (None, None)
             if last or due or done == 1 or done % cfg.log_every == 0:

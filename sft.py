@@ -315,7 +315,7 @@ def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all; half the time in other words, then
     without what was said before (reworded)."""
     examples = []
-    times = 1 + n_others // (1 + 4 * len(corrections))  # the second 1: there may be none
+    times = 1 + n_others // (1 + 4 * len(corrections))  # 1 +, for there may be no correction
     for example in corrections * times:
         question, answer = example.chosen[-2:]
         asked = Message("user", reworded(question.text, answer.text))

@@ -76,8 +76,8 @@ def as_typed(name):
     return name[0].upper() + name[1:] if rng.random() < 0.1 else name
 
 def sentence(x, a, v):
-    """As people write it: that v is the a of x; without v, that it is not known; about
-    "any", nothing to learn."""
+    """As people write it: that v is the a of x; without v, that it is not known; about "any",
+    nothing to learn."""
     if v or a == "any":
         template = rng.choice(SAY[a, "statement"])
     else:
