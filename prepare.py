@@ -177,7 +177,7 @@ def read_lines(path):
     """A file, perhaps packed, or "-" for standard input -> (line, "file:line"), with "\\n" at its
     end. A few bytes that are not UTF-8 become U+FFFD and are counted."""
     name = "standard input" if path == "-" else path
-    number = 0
+    number = 1
     with open(0 if path == "-" else path, "rb") as file:
         try:
             unpack = PACKED.get(file.peek(3)[:3], io.BufferedReader)
@@ -185,12 +185,12 @@ def read_lines(path):
             check_is_text(raw.peek(), path)
             text = io.TextIOWrapper(raw, "utf-8-sig", "replace")
             while line := text.readline(LONGEST_LINE):
-                number += 1
                 if "\ufffd" in line:
                     count("lines with bytes that are not UTF-8", f"{name}:{number}")
                 yield line, f"{name}:{number}"
+                number += line.endswith("\n")
         except (OSError, EOFError, zlib.error) as e:
-            raise InputError(f"{name}:{number + 1}: damaged ({e})") from None
+            raise InputError(f"{name}:{number}: damaged ({e})") from None
 
 def plain(text):
     """Line ends as "\\n" and a form feed as a blank line, as a text file and as JSON have them."""
@@ -199,60 +199,63 @@ def plain(text):
 # ---------------------------------------------------------------- JSON in the layouts people have
 # Skip this at first: of good JSON lines read_json gives what json.loads(line) does.
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
-# A list of records, perhaps under the name "data"; but a list of messages, which have roles and
-# contents, is a record. To tell that, its first object must be there as far as a brace.
-OBJECT = r'\s*\{[^{}]*[{}]'
-MESSAGE = r'\s*\{(?=[^{}]*"(role|from)"\s*:)(?=[^{}]*"(content|value)"\s*:)'
-LIST_BEGINS = re.compile(rf'\s*(\[(?!{MESSAGE})(?=\s*\[?{OBJECT}|\s*")'
-                         rf'|\{{[^]{{}}[]*"data"\s*:\s*\[(?=\s*\[?{OBJECT}))\s*')
-BETWEEN = re.compile(r"[\s,\]}]*")  # two records
-# After something broken the next record begins on a new line, in a list after a comma; or it is
-# the end.
-NEXT_LINE = re.compile(r"^[ \t]?(?=[\[{])|\Z", re.M)
-NEXT_IN_LIST = re.compile(r'[\]}]\s*,\s*(?=\[?\s*\{\s*")|\Z')
-NEXT_STRING = re.compile(r'"\s*,\s*(?=")|\Z')
+LIST_BEGINS = re.compile(r"""
+    (\{ (?![^]{}[]*"text") [^]{}[]* "data"\s*:\s* (?=\[\s*\[?\s*\{) )?  # perhaps named "data"
+    \[ (?=\s* (\[?\s*\{ | ") )             # of records or of texts; but a list of
+    (?!\s* \{ (?=[^{}]*"(role|from)"\s*:)  # messages, which have a role
+              (?=[^{}]*"(content|value)"\s*:) )  # and a content, is a record
+    \s*""", re.X)
+BETWEEN = re.compile(r"((?!,\s*\])[\s,\]}])*")  # two records; a comma before "]" is one too many
+# After something broken a record begins on a new line or after a comma, a text after a comma.
+NEXT_RECORD = re.compile(r'^[ \t]?(?=[\[{])|,\s*(?=\[?\s*\{\s*")|\Z', re.M)
+NEXT_TEXT = re.compile(r'(?<=")\s*,\s*(?=")|\Z')
+DECODER = json.JSONDecoder()
 
 def read_json(lines):
-    """(line, "file:line") -> (record, "file:line"): one after the other, over a line or several, or
-    a list of them. What is broken is counted, named by its line, and costs no other record."""
-    decode = json.JSONDecoder().raw_decode
-    text = ""  # what is not read yet
-    name, number = "", 1  # of the file and of the line where it begins
-    enough = 0  # so long it has to be for another try, after its end was missing
-    next_record = NEXT_LINE  # how to go on after something broken; in a list it is another one
-    n_records = 1
-    for line, source in itertools.chain(lines, [("", "")]):  # the last stands for the end
-        name = name or source.rpartition(":")[0]
-        text += line
-        if source and len(text) < enough:
-            continue
-        at = 0
-        while (start := BETWEEN.match(text, at).end()) < len(text):
-            if next_record is NEXT_LINE and (begins := LIST_BEGINS.match(text, start)):
-                start = begins.end()
-                next_record = NEXT_STRING if text[start] == '"' else NEXT_IN_LIST
-            number += text.count("\n", at, start)
-            at = start
-            in_list = f": record {n_records}" if next_record is not NEXT_LINE else ""
-            try:
-                record, end = decode(text, at)
-                if isinstance(record, str) and next_record is NEXT_IN_LIST:
-                    return count("part(s) of JSON beside the list of records", f"{name}:{number}")
-                yield record, f"{name}:{number}{in_list}"
-            except (ValueError, RecursionError) as e:
-                place = max(at + 1, getattr(e, "pos", 0))  # where it is broken
-                cut_off = place >= len(text.rstrip()) or str(e).startswith("Unterminated")
-                end = next_record.search(text, at + 1 if cut_off else place).end()
-                if source and (cut_off or end == len(text)):
-                    break  # it may be whole when more is read
-                count("part(s) that are not JSON", f"{name}:{number}{in_list}")
-            number += text.count("\n", at, end)
-            at = end
-            n_records += 1
-        text = text[at:]
-        enough = 2 * len(text)
-    if re.search(r",\s*\]", text):  # a comma too many, after the last record
-        count("part(s) that are not JSON", f"{name}:{number}")
+    """(line, "file:line") -> (record, "file:line"), of JSON lines one by one. If the first record
+    is not whole on its line, and of a list, the text is read at once. What is broken is counted,
+    named by its line, and costs no other record."""
+    texts = whole_lines(lines)
+    first, source = next(((text, source) for text, source in texts if text.strip()), ("", ":1"))
+    if first.rstrip().endswith(("}", "]")):
+        texts = itertools.chain([(first, source)], texts)
+    else:
+        texts = [(first + "".join(text for text, _ in texts), source)]
+    for text, source in texts:
+        yield from records_in(text, source)
+
+def whole_lines(lines):
+    """Put together what read_lines has cut."""
+    for source, parts in itertools.groupby(lines, lambda part: part[1]):
+        yield "".join(text for text, _ in parts), source
+
+def records_in(text, source):
+    """Records one after the other, or a list of them -> (record, "file:line"). source is where the
+    text begins."""
+    name, _, line = source.rpartition(":")
+    line = int(line)
+    at = end = 0  # where a record begins and ends
+    n_records = 0
+    item = ""  # in a list: how an item begins
+    to_next = BETWEEN.match
+    while (start := to_next(text, end).end()) < len(text):
+        if not item and (begins := LIST_BEGINS.match(text, start)):
+            start = begins.end()
+            item = text[start]
+        line += text.count("\n", at, start)
+        at = start
+        n_records += 1
+        place = f"{name}:{line}" + (f": record {n_records}" if item else "")
+        if item in ("{", "[") and text[at] == '"':
+            return count("part(s) of JSON beside the list of records", place)
+        try:
+            record, end = DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            count("part(s) that are not JSON", place)
+            end = at + 1
+            to_next = (NEXT_TEXT if item == '"' else NEXT_RECORD).search
+        else:
+            yield record, place
 
 # ---------------------------------------------------------------- documents
 def is_text(path):
