@@ -101,13 +101,10 @@ class Tokenizer:
             word = word.replace("".join(first), chr(self.merged[first]))
         return word
 
-    def encode_words(self, text):
-        """Text -> a string as encode_word makes it."""
-        return "".join(map(self.encode_word, WORD.findall(text)))
-
     def encode(self, text):
         """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?"."""
-        return [*map(ord, self.encode_words(text))]
+        words = map(self.encode_word, WORD.findall(text))
+        return [*map(ord, "".join(words))]
 
     def decode(self, ids):
         """Ids -> text; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
@@ -126,9 +123,8 @@ class Tokenizer:
     def load(cls, path, text=None):
         """The reverse of to_json: of a file, of a checkpoint, or of the text that stands in one."""
         try:
-            if text is None:
-                text = tokenizer_in(path)
-            return cls([(a, b) for a, b, _ in json.loads(text)["merges"]])
+            about = json.loads(text or tokenizer_in(path))
+            return cls([(a, b) for a, b, _ in about["merges"]])
         except OSError:
             raise
         except Exception:  # anything can be in a file
@@ -199,7 +195,7 @@ def plain(text):
 # ---------------------------------------------------------------- JSON in the layouts people have
 # Skip this at first: of good JSON lines read_json gives what json.loads(line) does.
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
-LIST_BEGINS = re.compile(r"""
+LIST_BEGINS = re.compile(r"""\s*
     (\{ (?![^]{}[]*"text") [^]{}[]* "data"\s*:\s* (?=\[\s*\[?\s*\{) )?  # perhaps named "data"
     \[ (?=\s* (\[?\s*\{ | ") )             # of records or of texts; but a list of
     (?!\s* \{ (?=[^{}]*"(role|from)"\s*:)  # messages, which have a role
@@ -213,15 +209,14 @@ DECODER = json.JSONDecoder()
 
 def read_json(lines):
     """(line, "file:line") -> (record, "file:line"), of JSON lines one by one. If the first record
-    is not whole on its line, and of a list, the text is read at once. What is broken is counted,
-    named by its line, and costs no other record."""
+    is not whole on its line, and of a list, all lines are read as one text. What is broken is
+    counted, named by its line, and costs no other record."""
     texts = whole_lines(lines)
-    first, source = next(((text, source) for text, source in texts if text.strip()), ("", ":1"))
-    if first.rstrip().endswith(("}", "]")):
-        texts = itertools.chain([(first, source)], texts)
-    else:
-        texts = [(first + "".join(text for text, _ in texts), source)]
+    by_line = False
     for text, source in texts:
+        by_line = by_line or text.rstrip().endswith(("}", "]"))
+        if not by_line:  # this is the first line: read the others with it
+            text += "".join(rest for rest, _ in texts)
         yield from records_in(text, source)
 
 def whole_lines(lines):
@@ -235,13 +230,13 @@ def records_in(text, source):
     name, _, line = source.rpartition(":")
     line = int(line)
     at = end = 0  # where a record begins and ends
-    n_records = 0
     item = ""  # in a list: how an item begins
+    if begins := LIST_BEGINS.match(text):
+        end = begins.end()
+        item = text[end]
+    n_records = 0
     to_next = BETWEEN.match
     while (start := to_next(text, end).end()) < len(text):
-        if not item and (begins := LIST_BEGINS.match(text, start)):
-            start = begins.end()
-            item = text[start]
         line += text.count("\n", at, start)
         at = start
         n_records += 1
@@ -258,15 +253,6 @@ def records_in(text, source):
             yield record, place
 
 # ---------------------------------------------------------------- documents
-def is_text(path):
-    """Whether a file of a folder is read: by its name or, without a suffix, by how it begins."""
-    if not path.is_file():
-        return False
-    if path.suffix:
-        return TEXT_NAME.fullmatch(path.name)
-    with suppress(OSError), open(path, errors="replace") as file:
-        return JSON_BEGINS.match(file.read(999))
-
 def files_of(folder):
     """A folder -> its text files, but hidden ones and virtual environments; others are counted."""
     inside = sorted(folder.glob("[!.]*"))
@@ -275,7 +261,7 @@ def files_of(folder):
     for path in inside:
         if path.is_dir() and not path.is_symlink():
             yield from files_of(path)
-        elif is_text(path):
+        elif path.is_file() and TEXT_NAME.fullmatch(path.name):
             yield path
         else:
             count("file(s) or links that are no text by their name; give one to have it read", path)
@@ -297,14 +283,15 @@ def files_in(paths):
     return [*found.values()]
 
 def document_of(record, source):
-    """A record of JSON -> the document that it is or has as "text", and the mark of its end."""
+    """A record of JSON -> the document that it is or has as "text", and the mark of its end; with
+    its source."""
     if isinstance(record, dict) and isinstance(record.get("text"), str):
         not_used.update(record.keys() - {"text"})
         record = record["text"]
     if isinstance(record, str):
-        return record + "<|endoftext|>"
+        return record + "<|endoftext|>", source
     count('JSON record(s) without a "text", which sft.py may take', source)
-    return ""
+    return "", source
 
 def texts_of(path):
     """A file -> (text, "file:line"): its lines or, if it begins as JSON does, its records'
@@ -312,7 +299,7 @@ def texts_of(path):
     lines, ahead = itertools.tee(read_lines(path))
     first = next((line for line, _ in ahead if line.strip()), "")
     if JSON_BEGINS.match(first):
-        return ((document_of(record, source), source) for record, source in read_json(lines))
+        return itertools.starmap(document_of, read_json(lines))
     if re.search(r"\.(csv|tsv|jsonl?)$", path, re.I):
         say(f"{path}: not JSON, so it is read as it stands, with its quotes and commas")
     return lines
@@ -361,9 +348,9 @@ def frequent_words(lines, n_bytes, vocab_size):
 def cut_of(ends, size, val_fraction):
     """Where validation begins: where a document ends, if one does near there; else within one."""
     wanted = int(size * (1 - val_fraction))
-    near = [end for end in ends if abs(end - wanted) <= size * val_fraction / 2]
-    after = [end for end in near if end >= wanted]
-    cut = (after[:1] or near[-1:] or [wanted])[0]  # the first after it, or the last before it
+    cut = next(end for end in ends if end >= wanted)
+    if cut - wanted > size * val_fraction / 2:
+        cut = wanted
     return min(max(2, cut), size - 2)
 
 def spool(pieces, file):
@@ -378,14 +365,13 @@ def spool(pieces, file):
 
 def write_ids(lines, n_pieces, tokenizer, file):
     """Lines of spool's file -> two bytes a token in another one; where each document ends there."""
-    size, ends = 0, []
+    ends = []
     started = time.perf_counter()
     for number, line in enumerate(lines, 1):
         text, ended = json.loads(line)
-        ids = tokenizer.encode_words(text) + chr(END) * ended
-        # A character for each id: as UTF-16 it is the id in two bytes.
-        file.write(ids.encode("utf-16-le", "surrogatepass"))
-        size += len(ids)
+        ids = tokenizer.encode(text) + [END] * ended
+        file.write(np.array(ids, "<u2").tobytes())
+        size = file.tell() // 2
         if ended:
             ends.append(size)
         left = (time.perf_counter() - started) * (n_pieces / number - 1)
@@ -426,7 +412,7 @@ CONTEXT = 64  # of gpt.py, by default
 
 def setting(default, help, low=0, high=1e9, **arg):
     """A dataclass field that is a command-line flag too, with a range and what argparse takes."""
-    arg["help"] = help.replace("%", "%%") + (f" [{default}]" if default else "")
+    arg["help"] = help + (f" [{default}]" if default else "")
     return field(default=default, metadata={"range": (low, high), "arg": arg})
 
 @dataclass(frozen=True)
@@ -453,8 +439,8 @@ def write_questions(path, rows):
                 file.write(f"{line}\n".encode())
 
 def main(argv):
-    s, given = read_flags(Settings, argv, __doc__)
-    if {"tokenizer", "vocab_size"} <= given:
+    s, _ = read_flags(Settings, argv, __doc__)
+    if s.tokenizer and s.vocab_size:
         raise InputError("--tokenizer has its vocabulary; leave out --vocab_size")
     tokenizer = Tokenizer.load(s.tokenizer) if s.tokenizer else None
     out_dir, vocab_size = Path(s.out_dir), s.vocab_size
@@ -522,18 +508,19 @@ def run(main, argv=None):
 
 def read_flags(settings_class, argv, doc):
     """Command line -> (settings, the set of names that were given)."""
+    def error(message):
+        raise InputError(f"{message}; see --help")
+
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        argument_default=argparse.SUPPRESS, exit_on_error=False)
+        argument_default=argparse.SUPPRESS)
+    parser.error = error  # its own ends the program
     known = {f.name: f for f in fields(settings_class) if f.metadata}
     for name, f in known.items():
         arg = f.metadata["arg"] | ({"action": "store_true"} if f.type is bool else {"type": f.type})
         is_positional = arg.pop("positional", False)
         parser.add_argument(name if is_positional else f"--{name}", **arg)
-    try:
-        found, unknown = parser.parse_known_args(argv)
-    except argparse.ArgumentError as e:
-        raise InputError(f"{e}; see --help") from None
+    found, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].lstrip("-").partition("=")[0]
         [near] = difflib.get_close_matches(name, known, 1) or ["help"]
@@ -592,7 +579,7 @@ def link(path, name):
 def keep_previous(path):
     """Give the file that is there the name *.prev.* too."""
     if path.exists():
-        kept = path.with_name(f"{path.stem}.prev{path.suffix}")
+        kept = path.with_suffix(f".prev{path.suffix}")
         before = ", in place of an older one" if kept.exists() else ""
         link(path, kept)
         say(f"the {path.name} that was there is now {kept}{before}")
@@ -601,17 +588,16 @@ def keep_previous(path):
 def whole_file(path, keep=False):
     """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.* too.
     If it is a link to a file elsewhere, it stays one."""
-    given = path
-    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
-    part = Path(f"{path}.part")
+    real = os.path.realpath(path)
+    part = Path(f"{real}.part")
     try:
         with open(part, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         if keep:
-            keep_previous(given)
-        os.replace(part, path)
+            keep_previous(path)
+        os.replace(part, real)
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk names no file
         raise
@@ -648,16 +634,14 @@ def wishes_to_stop():
     """-> a list that Ctrl-C and its kin put something in; training then saves and stops. When its
     terminal is closed it goes on."""
     wishes = []
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda *_: wishes.append(True))
-    if hasattr(signal, "SIGHUP"):  # Windows has none
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    wish = lambda *_: wishes.append(True)
+    actions = {"SIGINT": wish, "SIGTERM": wish, "SIGHUP": signal.SIG_IGN}
+    with ExitStack() as stack:
+        for name in actions.keys() & dir(signal):  # Windows has no SIGHUP
+            number = getattr(signal, name)
+            before = signal.signal(number, actions[name])
+            stack.callback(signal.signal, number, before)
         yield wishes
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 def draw(values):
     """Numbers as a line of at most 72 small bars, from the first to the last."""
