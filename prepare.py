@@ -197,11 +197,11 @@ def plain(text):
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
 LIST_BEGINS = re.compile(r"""\s*
     (\{ (?![^]{}[]*"text") [^]{}[]* "data"\s*:\s* (?=\[\s*\[?\s*\{) )?  # perhaps named "data"
-    \[ (?=\s* (\[?\s*\{ | ") )             # of records or of texts; but a list of
-    (?!\s* \{ (?=[^{}]*"(role|from)"\s*:)  # messages, which have a role
-              (?=[^{}]*"(content|value)"\s*:) )  # and a content, is a record
-    \s*""", re.X)
-BETWEEN = re.compile(r"((?!,\s*\])[\s,\]}])*")  # two records; a comma before "]" is one too many
+    \[ (?=\s* (\[?\s*\{ | ") )               # of records or of texts,
+    (?!\s* \{ (?=[^{}]*"(role|from)"\s*:)    # but not of messages, which have a role
+              (?=[^{}]*"(content|value)"\s*:)  # and a content: that is one record
+    )\s*""", re.X)
+BETWEEN = re.compile(r"[\s\]}]*(,(?!\s*\])[\s\]}]*)*")  # two records; ",]" has a comma too many
 # After something broken a record begins on a new line or after a comma, a text after a comma.
 NEXT_RECORD = re.compile(r'^[ \t]?(?=[\[{])|,\s*(?=\[?\s*\{\s*")|\Z', re.M)
 NEXT_TEXT = re.compile(r'(?<=")\s*,\s*(?=")|\Z')
@@ -354,27 +354,28 @@ def cut_of(ends, size, val_fraction):
     return min(max(2, cut), size - 2)
 
 def spool(pieces, file):
-    """Pieces of text become lines of JSON in a file; how many they are, and how many bytes."""
-    n_pieces = n_bytes = 0
+    """Pieces of text become lines of JSON in a file; how many bytes of text they are."""
+    n_bytes = 0
     for piece in pieces:
-        print(json.dumps(piece), file=file)
-        n_pieces += 1
+        file.write(f"{json.dumps(piece)}\n".encode())
         n_bytes += len(piece[0].encode("utf-8", "replace"))
         show_progress(f"reading: {n_bytes / 1e6:.1f} MB")
-    return n_pieces, n_bytes
+    return n_bytes
 
-def write_ids(lines, n_pieces, tokenizer, file):
+def write_ids(lines, tokenizer, file):
     """Lines of spool's file -> two bytes a token in another one; where each document ends there."""
     ends = []
+    all_lines = lines.seek(0, os.SEEK_END)  # bytes
+    lines.seek(0)
     started = time.perf_counter()
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         text, ended = json.loads(line)
         ids = tokenizer.encode(text) + [END] * ended
         file.write(np.array(ids, "<u2").tobytes())
         size = file.tell() // 2
         if ended:
             ends.append(size)
-        left = (time.perf_counter() - started) * (n_pieces / number - 1)
+        left = (time.perf_counter() - started) * (all_lines / lines.tell() - 1)
         show_progress(f"{size / 1e6:.1f} M tokens  {clock(left)} left")
     return ends
 
@@ -382,16 +383,15 @@ def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
     """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written.
     Without a tokenizer one is learned from the text, which is kept in a file until then."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryFile("w+", encoding="ascii", dir=out_dir) as lines,
+    with (tempfile.TemporaryFile(dir=out_dir) as lines,
           whole_file(out_dir / "train.bin") as train):
-        n_pieces, n_bytes = spool(pieces, lines)
+        n_bytes = spool(pieces, lines)
         if not tokenizer:  # rare tokens are not learned, so the default grows slowly
             vocab_size = vocab_size or max(384, round(n_bytes**0.5 / 2))
             lines.seek(0)
             words = frequent_words(lines, n_bytes, vocab_size)
             tokenizer = Tokenizer(train_bpe(words, vocab_size))
-        lines.seek(0)
-        ends = write_ids(lines, n_pieces, tokenizer, train)
+        ends = write_ids(lines, tokenizer, train)
         size = ends[-1] if ends else 0
         if size < 4:
             raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
@@ -443,17 +443,19 @@ def main(argv):
     if s.tokenizer and s.vocab_size:
         raise InputError("--tokenizer has its vocabulary; leave out --vocab_size")
     tokenizer = Tokenizer.load(s.tokenizer) if s.tokenizer else None
-    out_dir, vocab_size = Path(s.out_dir), s.vocab_size
-    train, test = [], []
+    out_dir = Path(s.out_dir)
+    vocab_size = s.vocab_size
+    questions = []
+    test = []
     if s.inputs:
         pieces = read_documents(files_in(s.inputs))
     else:
         from corpus.world import built_in_corpus
-        documents, train, test = built_in_corpus(s.seed, not s.control)
+        documents, questions, test = built_in_corpus(s.seed, not s.control)
         pieces = ((document, True) for document in documents)
         vocab_size = vocab_size or 3584
     write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
-    write_questions(out_dir / "qa.jsonl", train)
+    write_questions(out_dir / "qa.jsonl", questions)
     write_questions(out_dir / "qa_test.jsonl", test)
     base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
     say("next: python gpt.py" + (f" --init {base}" if s.tokenizer else ""))
@@ -634,7 +636,10 @@ def wishes_to_stop():
     """-> a list that Ctrl-C and its kin put something in; training then saves and stops. When its
     terminal is closed it goes on."""
     wishes = []
-    wish = lambda *_: wishes.append(True)
+
+    def wish(*_):
+        wishes.append(True)
+
     actions = {"SIGINT": wish, "SIGTERM": wish, "SIGHUP": signal.SIG_IGN}
     with ExitStack() as stack:
         for name in actions.keys() & dir(signal):  # Windows has no SIGHUP

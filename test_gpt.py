@@ -501,6 +501,7 @@ def test_a_record_of_any_public_shape_is_read(made, record, expected):
     param('{"prompt": "c\n", "response": "d"}', id="a line end within a text"),
     param('{"prompt": [{}, {"c": d}]}', id="a word without quotation marks, in a list"),
     param('{"prompt": nul}', id="a null that lacks a letter"),
+    param('{"messages": [{"role": "a "b" c"}, {"role": "d"}], "id": 5}', id="a quote, and more"),
 ])
 def test_broken_json_costs_itself_and_at_most_the_next_record_and_its_line_is_named(
         before, between, after, broken):
