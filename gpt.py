@@ -457,18 +457,14 @@ def make_generator(cfg):
     cfg = replace(cfg, dtype="float32")  # rounding all weights for a token is slower
 
     @jax.jit
-    def all_tokens(params, tokens, position):
-        """Rows of padded tokens (B, T) -> logits (B, V) of what follows the last token of each, at
-        its position (B, 1), and the cache."""
-        x, cache = forward(params, tokens, cfg)
-        x = x * jax.nn.one_hot(position[:, 0], T)[..., None]  # x[row, position], as Metal can
-        return logits_of(params, x.sum(1), cfg), cache
-
-    @jax.jit
-    def one_token(params, tokens, position, cache):
-        """The newest token alone, (B, 1), at its position (B, 1) -> the same."""
-        x, cache = forward(params, tokens, cfg, position=position, cache=cache)
-        return logits_of(params, x[:, 0], cfg), cache
+    def logits_after(params, tokens, position, cache):
+        """What follows the last token of each row, which stands at position (B, 1): logits (B, V);
+        and the new cache. tokens: that last one alone (B, 1) or, without a cache, whole rows,
+        padded (B, T)."""
+        x, new_cache = forward(params, tokens, cfg, position=position, cache=cache)
+        if cache is None:  # x[row, position], as Metal can
+            x = x * jax.nn.one_hot(position[:, 0], T)[..., None]
+        return logits_of(params, x.sum(1), cfg), new_cache
 
     def generate(params, prompts, max_new_tokens, rng, **how):
         # Each host generates for itself, on its own devices.
@@ -482,14 +478,14 @@ def make_generator(cfg):
                 cache = None
                 # T may be 1: row[-0:] would be all of it.
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
-            position = put(np.int32([[len(row) - 1] for row in rows]), split)  # of the last token
+            position = [[len(row) - 1] for row in rows]
             if cache is None:
                 # A row does not look at the slots of its padding before its own tokens fill them.
-                tokens = put(np.int32([row + [END] * (T - len(row)) for row in rows]), split)
-                logits, cache = all_tokens(params, tokens, position)
+                tokens = [row + [END] * (T - len(row)) for row in rows]
             else:
-                tokens = put(np.int32([row[-1:] for row in rows]), split)
-                logits, cache = one_token(params, tokens, position, cache)
+                tokens = [row[-1:] for row in rows]
+            tokens, position = (put(np.int32(ids), split) for ids in (tokens, position))
+            logits, cache = logits_after(params, tokens, position, cache)
             logits = np.asarray(logits)
             new = [END if previous == END else sample(scores, row, rng, **how)
                    for previous, scores, row in zip(new, logits, rows)]
@@ -647,8 +643,8 @@ def save(cfg, path, state, about, best, must_succeed=False, keep=False):
 
 def speed_of(ticks, cfg):
     """Tokens a second, as the last steps tell."""
-    seconds = np.median(np.diff(ticks[-cfg.log_every - 1:]))
-    return round(tokens_a_step(cfg) / max(1e-9, seconds))
+    seconds = max(1e-9, np.median(np.diff(ticks[-cfg.log_every - 1:])))
+    return round(tokens_a_step(cfg) / seconds)
 
 def write_row(cfg, about, path, stays):
     """The last row of the log onto the screen, and into the file if that is possible."""
@@ -691,17 +687,13 @@ def conclude(cfg, about, path):
         _, losses, *_ = zip(*about["log"])
         draw(losses)
 
-def begin_afresh(state, about):
-    about.update(step=0, seconds=0.0, log=[], best=[0, None, None])
-    return new_state(state["params"])
-
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Pretraining, fine-tuning and DPO differ
     in objective(params, batch, key), batch_at(number), a micro-batch, and validate(params) ->
     (loss, bits a byte). Everything random is a function of (seed, step)."""
     if not cfg.resume:
-        state = begin_afresh(state, about)
-    about.setdefault("best", [0, None, None])  # older checkpoints have none
+        state = new_state(state["params"])
+        about.update(step=0, seconds=0.0, log=[], best=[0, None, None])
     done = about["step"]
     if done >= cfg.max_steps and not cfg.minutes:
         say(f"{path} is finished, with {done} steps; a larger --max_steps or --minutes goes on")
@@ -768,12 +760,11 @@ def small_gradient(where, dropout):
     """The gradient of a small random model, computed on a device, as one array."""
     cfg = Config(n_layer=1, dtype="float32", vocab_size=64, dropout=dropout)
     rng = np.random.default_rng(0)
-    x, y = rng.integers(64, size=(2, 3, 64))  # x stands for the weights too
-    key = np.uint32([0, 1])
     params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
+    batch = rng.integers(64, size=(3, 3, 64))  # x, y and whole numbers as weights
     with jax.default_device(where):
         gradient_of = jax.jit(jax.grad(loss, has_aux=True), static_argnums=3)
-        gradient, _ = gradient_of(params, (x, y, x), key, cfg)
+        gradient, _ = gradient_of(params, batch, np.uint32([0, 1]), cfg)
         return np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
 
 def check_device(dropout=0.0):
