@@ -36,7 +36,7 @@ B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one a
 
 # Each layer of one sequence x (T, C) returns its output y and the way back: a function of dy, the
 # gradient with respect to y, that gives dx and the gradient of the parameters.
-def twin_norm(x, gain):
+def twin_norm(x, gain=1.0):
     """y = x r gain with r = mean(x^2)^(-1/2), so dr = -r^3 x dx / C."""
     r = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     def back(dy):
@@ -57,7 +57,8 @@ def twin_softmax(x):
 def twin_attention(x, wqkv, wo):
     q, k, v = (x @ wqkv).reshape(-1, 3, H, D).transpose(1, 2, 0, 3)  # (H, T, D) each
     angle = np.arange(len(x))[:, None] / 10000 ** (np.arange(D // 2) / (D // 2))
-    q, k = twin_rotate(q, angle), twin_rotate(k, angle)
+    q, q_back = twin_norm(twin_rotate(q, angle), 1.2)
+    k, k_back = twin_norm(twin_rotate(k, angle), 1.2)
     scores = q @ k.swapaxes(1, 2) / np.sqrt(D)
     a = twin_softmax(np.where(np.tri(len(x)) > 0, scores, -np.inf))
     o = (a @ v).swapaxes(0, 1).reshape(-1, H * D)
@@ -65,7 +66,8 @@ def twin_attention(x, wqkv, wo):
         do = (dy @ wo.T).reshape(-1, H, D).swapaxes(0, 1)
         da, dv = do @ v.swapaxes(1, 2), a.swapaxes(1, 2) @ do
         ds = a * (da - (a * da).sum(-1, keepdims=True)) / np.sqrt(D)
-        dq, dk = twin_rotate(ds @ k, -angle), twin_rotate(ds.swapaxes(1, 2) @ q, -angle)
+        dq = twin_rotate(q_back(ds @ k)[0], -angle)
+        dk = twin_rotate(k_back(ds.swapaxes(1, 2) @ q)[0], -angle)
         dqkv = np.array([dq, dk, dv]).transpose(2, 0, 1, 3).reshape(len(x), -1)
         return dqkv @ wqkv.T, {"wqkv": x.T @ dqkv, "wo": o.T @ dy}
     return o @ wo, back
@@ -79,7 +81,8 @@ def twin_mlp(x, w_up, w_down):
 
 def twin(params, x, y, w):
     """One sequence in float64: x, y, w (T,) -> logits, the weighted loss, its gradient by hand."""
-    h, passed, g = params["wte"][x], [], {"blocks": [{} for _ in params["blocks"]]}
+    h, wte_back = twin_norm(params["wte"][x])
+    passed, g = [], {"blocks": [{} for _ in params["blocks"]]}
     for p, gp in zip(params["blocks"], g["blocks"]):
         for gain, name, layer in ("norm1", "attn", twin_attention), ("norm2", "mlp", twin_mlp):
             n, norm_back = twin_norm(h, p[gain])
@@ -94,7 +97,8 @@ def twin(params, x, y, w):
         dn, gp[name] = back(dh)
         dx, gp[gain] = norm_back(dn)
         dh = dh + dx
-    g["wte"] = dlogits.T @ n + np.eye(V)[x].T @ dh  # the embedding is used twice: head and table
+    # The embedding is used twice: as the head and as the table.
+    g["wte"] = dlogits.T @ n + np.eye(V)[x].T @ wte_back(dh)[0]
     return logits, -w @ np.log((p * targets).sum(-1)), g
 
 # A model whose parameters are all random, a batch with uneven weights, what the twin says of them.
