@@ -203,7 +203,7 @@ def rows_of(examples, tokenizer, T):
             rows.append([shift(ids, trained, T) for ids, trained in rendered])
     report()
     if len(rows) < 0.75 * len(lengths):
-        say(f"the context is that of the base: one that nine in ten fit is trained by python"
+        say("the context is that of the base: one that nine in ten fit is trained by python"
             f" gpt.py --block_size {sorted(lengths)[len(lengths) * 9 // 10]}")
     if not rows:
         raise InputError(f"no example fits the context of {T} tokens")
@@ -382,7 +382,7 @@ class Config(gpt.Config):
     init: str = setting("", "checkpoint to start from; nothing: out/base.npz, for DPO chat.npz")
     eval: str = setting((), "questions to test with; without pairs nothing is trained", nargs=1)
     show: int = setting(0, "print this many examples with what is trained, and stop")
-    dpo: str = setting("", "learn preferences [corrections, built-in ones]", nargs="?", const="")
+    dpo: str = setting(None, "learn preferences [corrections, built-in ones]", nargs="?", const="")
     weight_decay: float = setting(0.3, "of matrices [with --dpo: 0]")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(16, "examples and texts in a micro-batch [with --dpo: 24]", low=1)
@@ -496,7 +496,7 @@ def begin(cfg, given, name):
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    by_dpo = "dpo" in given  # with a file or, for the corrections, without
+    by_dpo = cfg.dpo is not None  # "" stands for the corrections, else it is a file
     path = Path(cfg.out_dir, "dpo.npz" if by_dpo else "chat.npz")
     if cfg.resume:
         state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
@@ -515,7 +515,6 @@ def main(argv):
         cfg, state, about, tokenizer = begin(cfg, given, start)
     gpt.join(cfg)
     gpt.check_device(cfg.dropout)
-
     if only_test:
         return examine([state["params"]], cfg, tokenizer, test)
     before = None
@@ -532,7 +531,6 @@ def main(argv):
     rows = rows_of(examples, tokenizer, cfg.block_size)
     if cfg.show:
         return show(np.concatenate(rows[:cfg.show]), tokenizer)
-
     rows = np.random.default_rng(cfg.seed).permutation(rows)
     own = preferences if by_dpo else pairs  # the user's; the built-in ones have a test
     n_held = min(len(rows) // 20, 512) if own else 0
