@@ -159,7 +159,8 @@ def main(argv):
     cfg, _ = read_flags(Config, argv, __doc__)
     path = Path(cfg.checkpoint or "out/chat.npz")
     with redirect_stdout(sys.stderr):  # standard output is for answers only
-        sft.make_if_missing(path, None if cfg.checkpoint else sft.main)
+        if not cfg.checkpoint:
+            sft.make_if_missing(path)
     gpt.check_device()
     reply = load(path)
     if cfg.prompt is not None:

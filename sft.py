@@ -10,7 +10,6 @@
 Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where only tokens
 of answers have weight. Reading order: records, rows, answers, preferences, main."""
 import json, zlib
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -44,9 +43,7 @@ class Example:
     def chosen(self):
         return self.dialogues[0]
 
-USER_ROLES = {"user", "human"}
-ASSISTANT_ROLES = {"assistant", "gpt"}
-SYSTEM_ROLES = {"system", "developer"}  # what such a turn says is put before the question
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # by their other names
 SYSTEM_FIELDS = ["system", "system_prompt"]
 QUESTION_FIELDS = ["history", "prompt", "instruction", "question", "input", "context"]
 ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
@@ -54,9 +51,6 @@ ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion"
 IMITATION = [ANSWER_FIELDS]  # one dialogue
 PREFERENCE = [["chosen"], ["rejected"]]  # two
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
-
-def role_of(turn):
-    return turn.get("role", turn.get("from"))
 
 def text_of(content):
     """What a turn says: text, parts of text, a number or true; null and NaN say nothing."""
@@ -66,85 +60,84 @@ def text_of(content):
         content = "".join(part["text"] for part in content)
     return json.dumps(content) if isinstance(content, (int, float)) else plain(content)
 
-def turns_of(record, answer_fields):
-    """A record -> (its turns, the names of the fields that they are made of). A turn is OpenAI's
-    {"role", "content"} or ShareGPT's {"from", "value"}. A record holds a list of them:
+def message_of(turn):
+    """OpenAI's {"role", "content"} or ShareGPT's {"from", "value"} as a message. An answer of
+    "weight" 0 is not trained, and what calls a tool is none."""
+    role = turn.get("role", turn.get("from"))
+    if turn.get("tool_calls"):
+        role = "tool"
+    text = text_of(turn.get("content", turn.get("value")))
+    return Message(ROLES.get(role, role), text, turn.get("weight", 1) != 0)
+
+def take(record, fields, role):
+    """Take fields out of a record -> what they say as messages: a text in this role, or a list of
+    turns; a turn of LLaMA-Factory's history is [question, answer]."""
+    messages = []
+    for name in fields:
+        said = record.pop(name, None)
+        if not isinstance(said, list):
+            said = [{"role": role, "content": said}] if text_of(said).strip() else []
+        for turn in said:
+            if name == "history" and isinstance(turn, list):
+                question, answer = map(text_of, turn)
+                messages += [Message("user", question), Message("assistant", answer, True)]
+            else:
+                messages.append(message_of(turn))
+    return messages
+
+def take_turns(record, answer_fields):
+    """Take all turns out of a record -> messages. It holds a list of turns:
 
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
 
     or fields of which turns are made: {"instruction": "Add", "input": "2 + 2", "output": "4"}"""
-    system = turns_in(record, SYSTEM_FIELDS, "system")
+    system = take(record, SYSTEM_FIELDS, "system")
+    answered = []
     for name in answer_fields:
-        turns = record.get(name)
-        if isinstance(turns, list) and any(role_of(turn) in USER_ROLES for turn in turns):
-            if role_of(turns[0]) in SYSTEM_ROLES:
+        turns = take(record, [name], "assistant")
+        if any(turn.role == "user" for turn in turns):
+            if turns[0].role == "system":
                 system = []  # it is in there too
-            return system + turns, {*SYSTEM_FIELDS, name}
-    asked = turns_in(record, QUESTION_FIELDS, "user")
-    answered = turns_in(record, answer_fields, "assistant")
-    return system + asked + answered, {*SYSTEM_FIELDS, *QUESTION_FIELDS, *answer_fields}
+            return system + turns
+        answered += turns
+    return system + take(record, QUESTION_FIELDS, "user") + answered
 
-def pair_of(turn):
-    """LLaMA-Factory's [question, answer] as two turns; a turn as it is."""
-    if not isinstance(turn, list):
-        return [turn]
-    question, answer = turn
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-def turns_in(record, fields, role):
-    """What is in these fields, as turns: texts, which are said in this role, or lists of turns."""
-    turns = []
-    for name in fields:
-        said = record.get(name)
-        if isinstance(said, list):
-            for turn in said:
-                turns += pair_of(turn) if name == "history" else [turn]
-        elif text_of(said).strip():
-            turns.append({"role": role, "content": said})
-    return turns
-
-def messages_of(turns, source):
-    """Turns -> a dialogue as a list of messages. What is said before an answer is one question; an
-    answer of "weight" 0 is not trained."""
-    messages = []
+def dialogue_of(turns, source):
+    """Messages of any order -> question, answer, question, answer. What is said before an answer is
+    one question."""
+    dialogue = []
     asked, is_asked = [], False  # since the last answer: texts, whether the user spoke
     for turn in turns:
-        role = role_of(turn)
-        text = text_of(turn.get("content", turn.get("value")))
-        if role in USER_ROLES | SYSTEM_ROLES:
-            if text:
-                asked.append(text)
-            is_asked |= role in USER_ROLES
-        elif role not in ASSISTANT_ROLES or turn.get("tool_calls") or not (asked and is_asked):
+        if turn.role in ("user", "system"):
+            if turn.text:
+                asked.append(turn.text)
+            is_asked |= turn.role == "user"
+        elif turn.role != "assistant" or not (asked and is_asked):
             raise ValueError("without questions and answers in turn")
-        elif not text.strip():
+        elif not turn.text.strip():
             raise ValueError("with an empty answer")
         else:
-            trained = turn.get("weight", 1) != 0
-            messages += [Message("user", "\n\n".join(asked)), Message("assistant", text, trained)]
+            dialogue += [Message("user", "\n\n".join(asked)), turn]
             asked, is_asked = [], False
-    if asked and messages:
+    if asked and dialogue:
         count("last question(s) without an answer", source)
-    return messages
+    return dialogue
 
 def example_of(record, kind, source):
     """A record -> an example. Of a preference only the last message is trained."""
     if isinstance(record, list):
         record = {"messages": record}
-    dialogues = []
     unused = record.keys() - OURS
-    for fields in kind:
-        turns, used = turns_of(record, fields)
-        unused -= used
-        messages = messages_of(turns, source)
+    dialogues = []
+    for answer_fields in kind:
+        rest = dict(record)
+        dialogue = dialogue_of(take_turns(rest, answer_fields), source)
+        unused &= rest.keys()
         if kind is PREFERENCE:
-            messages[:-1] = [m._replace(trained=False) for m in messages[:-1]]
-        dialogues.append(messages)
-
-    chosen, *rejected = dialogues
-    all_trained = all(any(m.trained for m in dialogue) for dialogue in dialogues)
-    if chosen in rejected or not all_trained:
-        raise ValueError("without an answer to train")
+            dialogue[:-1] = [message._replace(trained=False) for message in dialogue[:-1]]
+        if dialogue in dialogues or not any(message.trained for message in dialogue):
+            raise ValueError("without an answer to train")
+        dialogues.append(dialogue)
     not_used.update(unused)
     return Example(dialogues, source, str(record.get("set", "all")))
 
@@ -163,6 +156,11 @@ def read_examples(paths, kind=IMITATION):
         raise InputError(f"{paths[0]}: no question with an answer in it; left out: {list_of()}")
     report()
     return examples
+
+def built_in(cfg):
+    """The questions of prepare.py, if they are there -> (to learn from, to test with)."""
+    folder = Path(cfg.data_dir)
+    return [read_examples([*folder.glob(name)]) for name in ("qa.jsonl", "qa_test.jsonl")]
 
 # ---------------------------------------------------------------- rows: what a step is trained on
 def as_read(question):
@@ -203,27 +201,25 @@ def rows_of(examples, tokenizer, T):
             count(f"record(s) longer than the context of {T} tokens", example.source)
         else:
             rows.append([shift(ids, trained, T) for ids, trained in rendered])
-
-    enough = -(-int(np.quantile(lengths, 0.9)) // 32) * 32
-    advice = ("the context is that of the base: one that nine in ten fit is trained by python"
-              f" gpt.py --block_size {enough}")
-    if not rows:
-        raise InputError(f"no example fits the context of {T} tokens; {advice}")
     report()
     if len(rows) < 0.75 * len(lengths):
-        say(advice)
+        say("the context is that of the base: one that nine in ten fit is trained by python"
+            f" gpt.py --block_size {sorted(lengths)[len(lengths) * 9 // 10]}")
+    if not rows:
+        raise InputError(f"no example fits the context of {T} tokens")
     return np.array(rows)
 
-def show(row, tokenizer):
-    """A row as text; what is trained is in brackets. A character may be several tokens."""
-    spelled = [name.encode() for name in SPECIAL] + tokenizer.bytes[len(SPECIAL):]
-    x, y, w = row
-    n = np.flatnonzero(x)[-1] + 1  # x ends in zeros, for its last END is only a target
-    text = SPECIAL[USER]  # the first x; the others are targets too
-    for trained, targets in groupby(zip(w[:n], y), lambda target: target[0]):
-        words = b"".join(spelled[id] for _, id in targets).decode("utf-8", "replace")
-        text += f"[{words}]" if trained else words
-    return printable(text)
+def show(rows, tokenizer):
+    """Print rows (N, 3, T) as text; what is trained is in brackets. The tokenizer is one that names
+    special tokens from now on. A character may be several tokens, so they are decoded together."""
+    tokenizer.bytes[:len(SPECIAL)] = map(str.encode, SPECIAL)
+    for x, y, w in rows:
+        n = len(np.trim_zeros(x))  # without the padding
+        text = SPECIAL[USER]  # the first x; the others are targets too
+        for trained, places in groupby(range(n), w.item):
+            words = tokenizer.decode(y[i] for i in places)
+            text += f"[{words}]" if trained else words
+        say(printable(text))
 
 # ---------------------------------------------------------------- answers and their marks
 CORRECTED = "corrected by you"  # a set
@@ -232,14 +228,14 @@ def answer_all(params, cfg, tokenizer, examples, temperature=0.0):
     """What a model answers to the last question of each, 64 at a time -> [text]."""
     generate = gpt.make_generator(cfg)
     rng = np.random.default_rng(cfg.seed)
-    prompts = [render(example.chosen[:-1], tokenizer)[0] for example in examples]
     answers = []
-    for start in range(0, len(prompts), 64):
-        some = prompts[start:start + 64]
-        steps = generate(params, some, cfg.block_size, rng, temperature=temperature)
+    for start in range(0, len(examples), 64):
+        some = examples[start:start + 64]
+        prompts = [render(example.chosen[:-1], tokenizer)[0] for example in some]
+        steps = generate(params, prompts, cfg.block_size, rng, temperature=temperature)
         answers += [tokenizer.decode(ids).strip() for ids in zip(*(new for new, _ in steps))]
         done = len(answers)
-        show_progress(f"answering: {done} of {len(prompts)}", done == len(prompts))
+        show_progress(f"answering: {done} of {len(examples)}", done == len(examples))
     return answers
 
 def examine(models, cfg, tokenizer, test):
@@ -338,33 +334,34 @@ def preferences_of(examples, ask=None):
             alike.append(replace(example, dialogues=[[question, answer]]))
     kept = known[:1300] + unknown[:1050]  # what fits into a minute, about as often as in training
     said = ask(kept, 1.2) if ask else [""] * len(kept)
-
-    preferences = []
     for example, own in zip(kept, said):
         question, answer = example.chosen
         rejected = Message("assistant", own, own not in ("", answer.text))
-        dialogues = [example.chosen, [question, rejected]]
-        preferences.append(replace(example, dialogues=dialogues))
-    return preferences
-
-def built_in(cfg, name):
-    return read_examples([*Path(cfg.data_dir).glob(name)])
+        example.dialogues.append([question, rejected])
+    return kept
 
 def answers_to_keep(cfg, about, pairs):
     """Questions whose answers DPO is to leave as they are -> (examples to train on, others for the
     test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
     learned = about["config"].get("pairs", ())
     if not pairs and not learned:
-        return built_in(cfg, "qa.jsonl"), built_in(cfg, "qa_test.jsonl")[::6]
+        keep, others = built_in(cfg)
+        return keep, others[::6]
     pairs = pairs or read_examples([name for name in learned if Path(name).exists()])
-    order = np.random.default_rng(cfg.seed).permutation(len(pairs))
-    pairs = [replace(pairs[i], set="yours, not learned now") for i in order]
+    shuffled = np.random.default_rng(cfg.seed).permutation(pairs)
+    pairs = [replace(example, set="yours, not learned now") for example in shuffled]
     n_test = min(len(pairs) // 10, 100)
     return pairs[n_test:], pairs[:n_test]
 
-def learn_corrections(cfg, about, tokenizer, before, pairs, test):
-    """-> (preferences to learn, a test that ends with the corrections). before, about: parameters
-    and checkpoint of the model that was corrected."""
+def learn_preferences(cfg, pairs, preferences, test):
+    """-> (examples to learn from by DPO, test, the parameters before): the user's preferences, or
+    the corrections, with which the test ends."""
+    # Loaded anew: the state of a resumed run is not that of before any more.
+    state, about, tokenizer = load_start(cfg.init, cfg)
+    before = state["params"]
+    if preferences:
+        return preferences + preferences_of(pairs), test, before
+
     keep, others = answers_to_keep(cfg, about, pairs)
     corrections = corrections_in(Path(cfg.out_dir, "feedback.jsonl"), tokenizer, cfg.block_size)
     corrected = {example.chosen[-2].text for example in corrections}
@@ -376,7 +373,7 @@ def learn_corrections(cfg, about, tokenizer, before, pairs, test):
             " questions and answers: python sft.py pairs.jsonl --dpo")
     rng.seed(cfg.seed)  # of reworded: a resumed run has the same examples
     examples += enough_of(corrections, len(examples))
-    return examples, (test or others) + corrections
+    return examples, (test or others) + corrections, before
 
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
@@ -392,26 +389,19 @@ class Config(gpt.Config):
     max_steps: int = setting(2600, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 0 [with --dpo: 3e-4]")
 
-def warn_of_another_base(path, about):
-    """That a chat model is of none of the bases beside it, say so: they were trained anew since."""
-    bases = set()
-    for base in path.parent.glob("base*.npz"):
-        with suppress(InputError):  # it is only for the message
-            bases.add(zlib.crc32(gpt.load_checkpoint(base)[0]["params"]["wte"]))
-    if bases and about["base"] not in bases:
-        say(f"{path} comes from another base than lies beside it now")
-
-def make_if_missing(path, script):
-    """Have script, a main, make or finish a default input; it is None for one that was named."""
-    if script and not path.exists():
+def make_if_missing(path):
+    """Have a default input made, or finished, by the script that writes it."""
+    base = path.with_name("base.npz")
+    script = gpt.main if path == base else main
+    if not path.exists():
         say(f"no {path} yet: it is made first")
         return script([])
     about = gpt.load_checkpoint(path)[1]
-    if "base" in about:
-        warn_of_another_base(path, about)
-    if script and about["step"] < about["config"]["max_steps"]:
+    if about["step"] < about["config"]["max_steps"]:
         say(f"{path} is unfinished: going on with it")
         script(["--resume"])
+    elif base.exists() and base.stat().st_mtime > path.stat().st_mtime:
+        say(f"{base} is newer than {path}: python sft.py would fine-tune it")
 
 def load_start(path, cfg):
     """A checkpoint to start from -> (state, about, tokenizer). A base model is given roles: their
@@ -419,40 +409,27 @@ def load_start(path, cfg):
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     if about["kind"] == "base":
         wte = state["params"]["wte"]
-        about.update(kind="chat", base=zlib.crc32(wte))
+        about["kind"] = "chat"
         noise = np.random.default_rng(cfg.seed).normal(0, 0.02, (2, model.n_embd))
         wte[[USER, ASSISTANT]] = wte.mean(0) + noise
     return state, about, tokenizer
 
-def text_to_replay(cfg, about, tokenizer):
+def text_to_replay(cfg, about):
     """The text that the base was trained on, if it is still there; else nothing."""
     path = Path(cfg.data_dir, "train.bin")
-    vocabulary = Path(cfg.data_dir, "tokenizer.json")
-    if path.exists() and vocabulary.read_text("utf-8") == about["tokenizer"]:
-        text = gpt.load_tokens(path, tokenizer, cfg.block_size + 1)
-        if about.get("text") in (None, zlib.crc32(text)):
+    if path.exists():
+        text = np.fromfile(path, "<u2")
+        if zlib.crc32(text) == about.get("text"):
             return text
     say(f"{cfg.data_dir} is not the text of {cfg.init}, so none of it is replayed")
     return []
 
-def with_replayed(batch, old_x, old_y, old_w):
-    """Rows of text below those of a batch; of a reference, which DPO has too, they have none."""
-    x, y, w, *reference = batch
-    x = np.concatenate([x, old_x])
-    y = np.concatenate([y, old_y])
-    w = np.concatenate([w, old_w])
-    return [x, y, w, *reference]
+def with_fixed_rows(loss, text, cfg):
+    """-> objective(params, batch, key): the loss, but the embedding of each token of the text does
+    not move. Else those of names that are asked about would move, and those of B, which never are,
+    would stay behind."""
+    frozen = np.isin(np.arange(cfg.vocab_size), text)
 
-def held_out_loss(objective, batches, params):
-    """-> (mean loss, None for the bits a byte), as gpt.train takes it."""
-    if not batches:
-        return None, None
-    sums = [objective(params, batch, None) for batch in batches]
-    total, number = np.sum(jax.device_get(sums), 0)
-    return float(total / number), None
-
-def with_fixed_rows(loss, frozen, cfg):
-    """-> objective(params, batch, key): the loss, but these rows of the embedding do not move."""
     @jax.jit
     def objective(params, batch, key):
         fixed = jax.lax.stop_gradient(params["wte"])
@@ -461,42 +438,44 @@ def with_fixed_rows(loss, frozen, cfg):
 
     return objective
 
-def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params=None):
+def fine_tune(cfg, state, about, rows, n_held, path, before=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
-    or, with the parameters of a reference, by DPO."""
-    by_dpo = reference_params is not None
+    or, with the parameters before it, by DPO."""
     checksum = zlib.crc32(rows)
-    if by_dpo:
-        checksum = zlib.crc32(reference_params["blocks"][0]["attn"]["wqkv"], checksum)
+    if before:
+        checksum = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], checksum)
     held_out, rows = np.split(rows, [n_held])
-    text = text_to_replay(cfg, about, tokenizer)
+    text = text_to_replay(cfg, about)
     # A fifth of each batch is pretraining text, so that it is not forgotten (arXiv 2503.21676).
     n_old = round(cfg.batch_size / 5) if len(text) else 0
     n_new = cfg.batch_size - n_old
-    # The embedding of each token of that text is held fixed. Else those of names that are asked
-    # about would move, and those of B, which never are, would stay behind.
-    frozen = np.isin(np.arange(cfg.vocab_size), text)
-    objective = with_fixed_rows(dpo_loss if by_dpo else gpt.loss, frozen, cfg)
+    objective = with_fixed_rows(dpo_loss if before else gpt.loss, text, cfg)
     reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
 
     def batch_of(some):
         x, y, w = some.reshape(-1, 3, cfg.block_size).swapaxes(0, 1)
         batch = [np.int32(x), np.int32(y), np.float32(w)]
-        return [*batch, reference_log_probs(reference_params, *batch)] if by_dpo else batch
+        return [*batch, reference_log_probs(before, *batch)] if before else batch
 
     def batch_at(number):
         places = np.arange(n_new) + number * n_new  # the next so many; they have been shuffled
         batch = batch_of(rows.take(places, 0, mode="wrap"))
         if n_old:
             replayed = gpt.random_batch(text, n_old, cfg.block_size, cfg.seed, number)
-            return with_replayed(batch, *replayed)
+            batch[:3] = map(np.concatenate, zip(batch, replayed))  # x, y, w; they have no reference
         return batch
 
-    parts = np.array_split(held_out, n_held // 32 + 1) if n_held else []  # at most of two sizes
-    validate = partial(held_out_loss, objective, [batch_of(part) for part in parts])
+    def validate(params):
+        """-> (mean loss of what is held out, None for the bits a byte), as gpt.train takes it."""
+        if not n_held:
+            return None, None
+        parts = np.array_split(held_out, n_held // 32 + 1)  # of at most two sizes
+        total, number = np.sum([objective(params, batch_of(part), None) for part in parts], 0)
+        return float(total / number), None
+
     if not cfg.resume:
         about["data"] = checksum
-        if parts:
+        if n_held:
             say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
     if about["data"] != checksum:
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
@@ -505,33 +484,15 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params
 # With --dpo these are the defaults.
 DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24, "weight_decay": 0.0}
 
-def begin(cfg, given, name, script):
+def begin(cfg, given, name):
     """A new run -> (settings, state, about, tokenizer), from --init or from the file in out_dir of
-    this name, which a script makes."""
+    this name."""
     start = cfg.init or Path(cfg.out_dir, name)
     if not given & {"init", "data_dir", "out_dir"}:
-        make_if_missing(start, script)
+        make_if_missing(start)
     state, about, tokenizer = load_start(start, cfg)
     cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
     return cfg, state, about, tokenizer
-
-def learn_answers(cfg, pairs, test):
-    """-> (examples to imitate, test): the user's, or the built-in ones."""
-    if pairs:
-        return pairs, test
-    return built_in(cfg, "qa.jsonl"), test or built_in(cfg, "qa_test.jsonl")
-
-def learn_preferences(cfg, tokenizer, path, pairs, preferences, test):
-    """-> (examples to learn from by DPO, test, the parameters before): the user's preferences, or
-    the corrections."""
-    if Path(cfg.init) == path:
-        raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-    # Loaded anew: the state of a resumed run is not that of before any more.
-    state, about, _ = load_start(cfg.init, cfg)
-    before = state["params"]
-    if preferences:
-        return preferences + preferences_of(pairs), test, before
-    return *learn_corrections(cfg, about, tokenizer, before, pairs, test), before
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
@@ -550,33 +511,33 @@ def main(argv):
     preferences = read_examples([cfg.dpo], PREFERENCE) if cfg.dpo else []
     only_test = test and not (pairs or by_dpo or cfg.resume)
     if not cfg.resume:
-        wanted, script = ("chat.npz", main) if by_dpo or only_test else ("base.npz", gpt.main)
-        cfg, state, about, tokenizer = begin(cfg, given, wanted, script)
+        start = "chat.npz" if by_dpo or only_test else "base.npz"
+        cfg, state, about, tokenizer = begin(cfg, given, start)
     gpt.join(cfg)
     gpt.check_device(cfg.dropout)
-
     if only_test:
         return examine([state["params"]], cfg, tokenizer, test)
-    reference_params = None
+    before = None
     if by_dpo:
-        examples, test, reference_params = learn_preferences(
-            cfg, tokenizer, path, pairs, preferences, test)
+        if Path(cfg.init) == path:
+            raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
+        examples, test, before = learn_preferences(cfg, pairs, preferences, test)
     else:
-        examples, test = learn_answers(cfg, pairs, test)
+        examples, others = (pairs, []) if pairs else built_in(cfg)
+        test = test or others
     if not examples:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file of"
                          " questions and answers, python sft.py pairs.jsonl")
     rows = rows_of(examples, tokenizer, cfg.block_size)
     if cfg.show:
-        return say("\n".join(show(row, tokenizer) for row in np.concatenate(rows[:cfg.show])))
-
+        return show(np.concatenate(rows[:cfg.show]), tokenizer)
     rows = np.random.default_rng(cfg.seed).permutation(rows)
     own = preferences if by_dpo else pairs  # the user's; the built-in ones have a test
     n_held = min(len(rows) // 20, 512) if own else 0
     say(f"{len(rows)} examples, {n_held} of them held out, {rows[:, :, 2].sum()} trained tokens")
-    params = fine_tune(cfg, state, about, tokenizer, rows, n_held, path, reference_params)
+    params = fine_tune(cfg, state, about, rows, n_held, path, before)
     if test:
-        examine([reference_params, params] if by_dpo else [params], cfg, tokenizer, test)
+        examine([before, params] if by_dpo else [params], cfg, tokenizer, test)
     say(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 if __name__ == "__main__":

@@ -771,7 +771,10 @@ def test_an_answer_is_right_or_declined_or_wrong(made, monkeypatch):
         {"prompt": "who ran?", "response": "no rat"}
         {"prompt": "where is the cat?", "response": "the cat sat on the mat"}
         {"prompt": "where is the cat?", "response": "on a mat"}\n""")
-    said = outcome("sft --eval=exam.json --init=out/chat.npz")
+    os.utime("out/chat.npz", (0, 0))
+    said = outcome("sft --eval=exam.json")
+    os.utime("out/chat.npz")
+    assert said.startswith("out/base.npz is newer")  # as after another pretraining
     assert re.search("all +80 +25.0 +50.0 +25.0\n", said)
 
 def test_of_its_own_answers_the_wrong_are_rejected(made, monkeypatch):
@@ -1013,15 +1016,14 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
     assert lengths == [4, 2]
 
 def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(
-        tmp_path):
+        made, tmp_path):
     write(tmp_path / "feedback.jsonl", """{"prompt": "What is the capital of Qo?",
         "chosen": "The capital of Qo is Zed.", "rejected": "no"}""")
     answers = [(f"Who {i}?", "Ho") for i in range(99)]
     answers += [("What is the capital of Qo?", "The old answer.")] * 20
     pairs = [sft.Example([[*map(sft.Message._make, dialogue(*said))]], "") for said in answers]
-    cfg = sft.Config(out_dir=str(tmp_path))
-    once, again = (sft.learn_corrections(cfg, {"config": {}}, TOKENIZER, PARAMS, pairs, [])[0]
-                   for _ in range(2))
+    cfg = sft.Config(out_dir=str(tmp_path), init="out/chat.npz")
+    once, again = (sft.learn_preferences(cfg, pairs, [], [])[0] for _ in range(2))
     assert once == again
     assert len({example.chosen[0].text for example in once[-20:]}) > 5
     assert "The old answer." not in {example.chosen[-1].text for example in once}
