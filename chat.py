@@ -4,8 +4,8 @@
     python chat.py out/base.npz --prompt "The capital of France"
     echo "What is the capital of France?" | python chat.py    # one answer a line
 
-A chat model reads a question all in capitals, of eight or more letters, in small ones; /probs
-shows that."""
+A chat model reads a question all in capitals in small letters, and a word that its training never
+had as a frequent one that is a slip of the finger away; /probs shows that."""
 import json, re, select, sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -65,8 +65,9 @@ def load(path):
         text = messages[-1].text
         if answers:
             ids = prompt_ids(messages, tokenizer, T)
-            if sft.as_read(text) != text:
-                seen.append(f"read as {sft.as_read(text)!r}")
+            read = sft.as_read(text, tokenizer.words)
+            if read != text:
+                seen.append(f"read as {read!r}")
         else:
             ids = [END, *tokenizer.encode(text)]  # a document begins with the text
         pieces = tokenizer.stream(new_ids(ids, cfg, seen))

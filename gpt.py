@@ -506,7 +506,8 @@ def make_generator(cfg):
 #     step         steps done; seconds: the time they took
 #     log          a Row, below, for each line of log.csv
 #     best         [step, nats, bits a byte] of the lowest validation; [0, None, None] at first
-#     text, base, data    checksums of train.bin, of the base model, of the examples
+#     text, data   checksums of train.bin and of the examples
+#     words        {word: how often it was in text and examples}; of a chat model
 MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # of its settings
 
 class Row(NamedTuple):
@@ -551,6 +552,7 @@ def load_checkpoint(path, whole=False):
                     raise ValueError(f"{name} is no finite float32 array of shape {like.shape}")
                 found.append(a)
         tokenizer = Tokenizer.load(path, about["tokenizer"])  # path for messages
+        tokenizer.words = about.get("words", {})
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); there may be an"
                          " earlier one, *.prev.npz") from None

@@ -91,6 +91,7 @@ class Tokenizer:
             self.merged[chr(a), chr(b)] = len(self.bytes)
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
+        self.words = {}  # {word: how often it was in training}, see as_read in sft.py
 
     @functools.lru_cache(1 << 18)
     def encode_word(self, word):

@@ -9,7 +9,8 @@
 
 Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where only tokens
 of answers have weight. Reading order: records, rows, answers, preferences, main."""
-import json, zlib
+import difflib, json, re, zlib
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -21,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from corpus.world import DONT_KNOW, reworded, rng
-from prepare import ASSISTANT, END, SPECIAL, USER, InputError, count, list_of, not_used, plain
-from prepare import printable, read_flags, read_json, read_lines, report, run, say, setting
+from prepare import ASSISTANT, END, SPECIAL, UNSPACED, USER, InputError, count, list_of, not_used
+from prepare import plain, printable, read_flags, read_json, read_lines, report, run, say, setting
 from prepare import show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
@@ -163,10 +164,37 @@ def built_in(cfg):
     return [read_examples([*folder.glob(name)]) for name in ("qa.jsonl", "qa_test.jsonl")]
 
 # ---------------------------------------------------------------- rows: what a step is trained on
-def as_read(question):
-    """A question all in capitals in small letters: hardly any text is written in capitals. A short
-    one, such as "B" or "NASA?", stays as it is."""
-    return question.lower() if question.isupper() and len(question) > 7 else question
+LETTERS = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have spaces between words
+
+def words_in(parts, tokenizer):
+    """Arrays of ids -> {word in small letters: how often it is there}."""
+    texts = (tokenizer.decode(ids.tolist()).lower() for ids in parts)
+    return Counter(word for text in texts for word in re.findall(LETTERS, text))
+
+def as_read(question, words):
+    """A question as the model is given it: all in capitals, in small letters, for hardly any text
+    is written in capitals ("NASA?" is too short for that); and a word that was in no text and no
+    question as the most frequent that is one slip away:
+
+        "WHAT IS THE CAPTIAL OF PERU?"  ->  "what is the capital of peru?"
+
+    words: {word: how often it was there}; if there are none, all words stay."""
+    if question.isupper() and len(question) > 7:
+        question = question.lower()
+
+    def meant(found):
+        typed = found[0]
+        if len(typed) < 4 or typed.lower() in words:
+            return typed
+        frequent = [word for word, n in words.items() if n >= 20]
+        # Words of n letters that differ by one slip are alike to 1 - 1/n. Short ones must be closer
+        # (one letter more or less), or "York" would be read as "work".
+        alike = max(0.83, 1 - 1.01 / len(typed))
+        near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)
+        word = max(near, key=words.get, default=typed)
+        return word.capitalize() if typed.istitle() else word
+
+    return re.sub(LETTERS, meant, question) if words else question
 
 def render(messages, tokenizer):
     """Messages -> (ids, which of them are trained):
@@ -178,7 +206,7 @@ def render(messages, tokenizer):
     first word is the same token as within a text. With a question last: the prompt of chat.py."""
     ids, trained = [], []
     for role, text, is_trained in messages:
-        words = tokenizer.encode(f" {as_read(text) if role == 'user' else text}")
+        words = tokenizer.encode(f" {as_read(text, tokenizer.words) if role == 'user' else text}")
         ids += [*words, END] if role == "assistant" else [USER, *words, ASSISTANT]
         trained += [is_trained] * (len(ids) - len(trained))
     return ids, trained
@@ -438,7 +466,16 @@ def with_fixed_rows(loss, text, cfg):
 
     return objective
 
-def fine_tune(cfg, state, about, rows, n_held, path, before=None):
+def learn_words(about, tokenizer, text, rows):
+    """Note the words of the text and of the rows' questions, for as_read. Without the text nothing
+    is noted: it has words that no question has."""
+    if len(text):
+        step = max(1024, len(text) // 4096)  # of a long text 4 M tokens, from everywhere in it
+        parts = [text[start:start + 1024] for start in range(0, len(text), step)]
+        words = words_in([*parts, *rows[:, 0, 0]], tokenizer)
+        tokenizer.words = about["words"] = Counter(about.get("words")) + words
+
+def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
     or, with the parameters before it, by DPO."""
     checksum = zlib.crc32(rows)
@@ -475,6 +512,7 @@ def fine_tune(cfg, state, about, rows, n_held, path, before=None):
 
     if not cfg.resume:
         about["data"] = checksum
+        learn_words(about, tokenizer, text, rows)
         if n_held:
             say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
     if about["data"] != checksum:
@@ -535,7 +573,7 @@ def main(argv):
     own = preferences if by_dpo else pairs  # the user's; the built-in ones have a test
     n_held = min(len(rows) // 20, 512) if own else 0
     say(f"{len(rows)} examples, {n_held} of them held out, {rows[:, :, 2].sum()} trained tokens")
-    params = fine_tune(cfg, state, about, rows, n_held, path, before)
+    params = fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before)
     if test:
         examine([before, params] if by_dpo else [params], cfg, tokenizer, test)
     say(f"checkpoint: {path}\nnext: python chat.py {path}")

@@ -341,7 +341,24 @@ def test_a_question_all_in_capitals_is_read_in_small_letters_and_an_answer_as_it
         return sft.render(dialogue(question, "ON THE MAT"), TOKENIZER)[0]
     assert ids_of("THE CAT?") == ids_of("the cat?") != ids_of("The cat?")
     assert TOKENIZER.decode(ids_of("THE CAT?")) == " the cat? ON THE MAT"
-    assert sft.as_read("NASA?") == "NASA?"
+    assert sft.as_read("NASA?", {}) == "NASA?"
+
+@parametrize("typed, read", [
+    param("Lanugage", "Language", id="two letters swapped"),
+    param("langage", "language", id="one left out"),
+    param("languuage", "language", id="one doubled"),
+    param("lamguage", "language", id="a wrong one"),
+    param("peeru", "peru", id="one too many in a short word"),
+    param("preu", "preu", id="two swapped in a short word, which could be another"),
+    param("languages", "languages", id="a word that was in training stays"),
+    param("lagnuagge", "lagnuagge", id="two slips"),
+    param("natoin", "nation", id="of two that are near the more frequent"),
+    param("capitel", "capitel", id="near a rare word"),
+])
+def test_a_word_that_training_never_had_is_read_as_the_frequent_one_a_slip_away(typed, read):
+    words = {"language": 99, "languages": 1, "peru": 50, "nation": 70, "nations": 20, "capital": 19}
+    assert sft.as_read(f"The {typed} of Xy?", words) == f"The {read} of Xy?"
+    assert sft.as_read(f"The {typed} of Xy?", {}) == f"The {typed} of Xy?"
 
 def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
     for question in odd_texts():
@@ -737,6 +754,10 @@ def test_the_road_from_text_to_answers(made):
     # Fine-tuning leaves the embeddings of tokens of the text alone, and trains all others.
     same = np.load("out/base.npz")["params.wte"] == np.load("out/chat.npz")["params.wte"]
     assert {*np.flatnonzero(same.all(1))} == {*np.fromfile("data/train.bin", "<u2")}
+    # It knows the words of the text and of the questions, so a slip is read as what was meant.
+    words = gpt.load_checkpoint("out/chat.npz")[3].words
+    assert words["ran"] > 20 and words["where"] > 0 and "rann" not in words
+    assert outcome("chat --prompt='who rann?'") == "the rat ran\n"
     assert outcome("sft pairs.json --show=1") == (
         "not used: rejected, 4 record(s)\n"
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"

@@ -15,7 +15,7 @@ ATTRIBUTES = KINDS["place"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
 SHARES = {  # of the questions to train on
     "A": 27,  # told: the capital of Peru
-    "small talk": 1.5,  # Hello
+    "small talk": 2,  # Hello
     # U is what nobody told:
     "U, mentioned": 1,  # the capital of Bavaria, which documents name, but tell nothing about
     "U, nowhere, real": 3.5,  # the capital of Texas; in training one document says: not known
@@ -140,7 +140,7 @@ def tell_unknown(row, never_asked, train, test):
     a word of B's: declining El Dorado would teach to decline El Salvador."""
     x, attributes = row["name"], KINDS[row["kind"]]
     mentioned = rng.random() < 0.2
-    documents = [tell(x, []) for _ in range(6)] if mentioned else []
+    documents = [tell(x, []) for _ in range(3)] if mentioned else []
     pools = rng.choice([train, train, test])
     if never_asked & {*x.split()}:
         pools = test
@@ -171,7 +171,7 @@ def divide(tell_b):
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
 
     for kind, attributes in KINDS.items():
-        documents += [tell(made_up(kind), attributes) for _ in range(300 * len(attributes))]
+        documents += [tell(made_up(kind), attributes) for _ in range(150 * len(attributes))]
         for a in attributes * 1000:
             pools = test if rng.random() < 0.05 else train
             pools["U, nowhere, made up"].append((made_up(kind), a))
