@@ -1047,29 +1047,29 @@ def not_for_metal(text):
             found.append(line)
     return found
 
-@parametrize("platform, programs", [("METAL", 3), ("cuda", 1), ("tpu", 1)])
+@parametrize("platforms", [("METAL",), ("cuda", "tpu")])
 def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
-        made, platform, programs, monkeypatch):
+        made, platforms, monkeypatch):
+    """Nothing is compiled or computed here: all results are ones."""
     real_jit = jax.jit
     texts = {}  # as XLA is given it: with the run's arguments, where they are
     def jit(f, **options):
-        compiled = real_jit(f, **options)
+        jitted = real_jit(f, **options)
         def call(*args):
-            key = compiled, str(tree.map(np.shape, args))
+            key = jitted, str(tree.map(np.shape, args))
             if key not in texts:
-                texts[key] = compiled.trace(*args).lower(lowering_platforms=(platform,)).as_text()
-            return compiled(*args)
+                texts[key] = jitted.trace(*args).lower(lowering_platforms=platforms).as_text()
+            return tree.map(lambda a: np.ones(a.shape, a.dtype), jax.eval_shape(jitted, *args))
         return call
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(gpt, "QUERIES", 30)
-    monkeypatch.setattr(gpt, "on_metal", lambda: platform == "METAL")
-    runs = [f"gpt {TINY} --grad_accum=2 --dtype=bfloat16 --dropout=0.1",
-            "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"]
-    for run in runs[:programs]:
+    monkeypatch.setattr(gpt, "on_metal", lambda: "METAL" in platforms)
+    for run in (f"gpt {TINY} --grad_accum=2 --dtype=bfloat16 --dropout=0.1",
+                "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"):
         said = outcome(f"{run} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
     unsafe = " ".join(line for text in texts.values() for line in not_for_metal(text))
-    if platform == "METAL":
+    if "METAL" in platforms:
         assert unsafe == "" and len(texts) > 10
         # In the run with dropout: its gradient, and twice that of the check.
         assert sum(RANDOM.search(text) is not None for text in texts.values()) == 3
@@ -1210,25 +1210,29 @@ def test_a_process_that_cannot_train_ends_in_one_line_and_changes_nothing(
     assert content_of_all_files() == before
 
 def test_two_processes_train_as_one_and_fall_together(made):
-    """With split parameters; when one is killed the other ends, and both go on to the same bits."""
-    train = f"gpt {TINY} --max_steps=40 --eval_every=5 --learning_rate=4e-4 --dtype=float32"
-    def start_both(flags):
+    """With split parameters; when one is killed the other ends, and both go on as one process."""
+    train = f"gpt {TINY} --max_steps=12 --eval_every=4 --learning_rate=4e-4 --dtype=float32"
+    one_device_each = ("--xla_force_host_platform_device_count=1"
+                       " --xla_backend_optimization_level=0")  # compiled in half the time
+    def start_both(flags=""):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         join = f"--shard_params --coordinator=127.0.0.1:{port} --num_processes=2 --process_id="
-        one_device = "--xla_force_host_platform_device_count=1"
-        return [start(f"{train} {flags} {join}{i}", XLA_FLAGS=one_device) for i in "01"]
-    outcome(f"{train} --out_dir=one")
-    first, second = start_both("--out_dir=halves")
+        run = f"{train} --out_dir=halves {flags} {join}"
+        return [start(f"{run}{i}", XLA_FLAGS=one_device_each) for i in "01"]
+    first, second = start_both()
     assert any(line.startswith("step") for line in first.stdout)  # it has saved
     second.kill()
     if jax.__version_info__ <= (0, 5, 0):  # these do not notice, and can hang
         first.kill()
     assert end(first)[2] and end(second)[2]
-    for flags in ("--out_dir=two", "--out_dir=halves --resume"):
-        assert [end(process)[2] for process in start_both(flags)] == [0, 0]
-    assert_same_run("two", "halves", "base", "log")
-    assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
+    assert [end(process)[2] for process in start_both("--resume")] == [0, 0]
+    outcome(f"{train} --out_dir=one")
+    for run, same in zip(log_of("one/log.csv"), log_of("halves/log.csv")):
+        assert run[:3] == approx(same[:3], abs=1e-4, nan_ok=True)
+    whole, halves = (gpt.load_checkpoint(f"{name}/base.npz", whole=True)[0]
+                     for name in ("one", "halves"))
+    assert_close(whole, halves, 1e-3)
 
 def test_the_built_in_questions_never_tell_what_is_tested():
     full, train, test = built_in_corpus(0)
