@@ -379,11 +379,8 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
 def user(text):
     return {"role": "user", "content": text}
 
-def system(text):
-    return {"role": "system", "content": text}
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text} | more
+def assistant(text):
+    return {"role": "assistant", "content": text}
 
 def shown(name, text, record):
     """What is trained of a file with this text, which holds this record: [learned], an example a
@@ -393,87 +390,66 @@ def shown(name, text, record):
     examples = outcome(f"sft {flag}{name} --show=9 --init=out/base.npz")
     return examples.replace("\n<|user", " <|user")
 
-def as_json(record):
-    """A record is given as a dict of turns, or as the text that stands in the file."""
-    return record if isinstance(record, str) else json.dumps(record)
-
 @parametrize("record, expected", [
-    param('{"instruction": "Hi", "input": "", "context": null, "output": "Ho", "id": 7}',
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="Alpaca with an empty input"),
     param('{"instruction": "Sum", "context": "2+2", "response": "4"}',
           "<|user|> Sum\n\n2+2<|assistant|>[ 4<|end|>]", id="Dolly with a context"),
-    param('{"instruction": "", "input": "What is 2+2?", "output": "4"}',
-          "<|user|> What is 2+2?<|assistant|>[ 4<|end|>]", id="Alpaca with only an input"),
     param('{"prompt": "Schlüssel?", "completion": "weiß 😀 — 東京 \\ud83d"}',
           "<|user|> Schlüssel?<|assistant|>[ weiß 😀 — 東京 ?<|end|>]", id="half of a surrogate pair"),
-    param({"prompt": [user("Hi")], "completion": [assistant("Ho")]},
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="prompt and completion as turns"),
-    param({"messages": [system(""), user("Hi"), assistant("Ho", tool_calls=None)]},
+    param('{"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}, '
+          '{"role": "assistant", "content": "Ho", "tool_calls": null}]}',
           "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="OpenAI's messages, an empty system turn"),
-    param({"messages": [{"role": "developer", "content": "Be"}, user("Hi"), assistant("Ho")]},
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="OpenAI's messages, a developer's turn"),
-    param({"messages": [user("1"), assistant("2", weight=0), user("3"), assistant("4", weight=1)]},
-          "<|user|> 1<|assistant|> 2<|end|><|user|> 3<|assistant|>[ 4<|end|>]",
-          id="OpenAI's messages with weights"),
-    param('{"conversations": [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, '
-          '{"from": "gpt", "value": "Ho"}]}',
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="ShareGPT with a system turn"),
-    param({"conversations": [user([{"text": "H"}, {"text": "i"}]), assistant("Ho"), user("Bye")]},
+    param('{"messages": [{"role": "developer", "content": "Be"}, {"role": "user", "content": "1"}, '
+          '{"role": "assistant", "content": "2", "weight": 0}, {"role": "user", "content": "3"}, '
+          '{"role": "assistant", "content": "4", "weight": 1}]}',
+          "<|user|> Be\n\n1<|assistant|> 2<|end|><|user|> 3<|assistant|>[ 4<|end|>]",
+          id="OpenAI's messages with a developer's turn and weights"),
+    param('{"conversations": [{"role": "user", "content": [{"text": "H"}, {"text": "i"}]}, '
+          '{"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Bye"}]}',
           "<|user|> Hi<|assistant|>[ Ho<|end|>]",
           id="text in parts, and a last question without an answer"),
     param('{"instruction": "A", "input": "B", "chosen": "C", "rejected": "D"}',
           "<|user|> A\n\nB<|assistant|>[ C<|end|>] <|user|> A\n\nB<|assistant|>[ D<|end|>]",
           id="a preference in Alpaca's fields"),
-    param({"prompt": "A", "chosen": [user("A"), assistant("B")],
-           "rejected": [user("A"), assistant("C")]},
-          "<|user|> A<|assistant|>[ B<|end|>] <|user|> A<|assistant|>[ C<|end|>]",
-          id="a preference whose turns repeat the prompt"),
-    param({"prompt": [user("A"), assistant("B"), user("C")], "chosen": [assistant("B")],
-           "rejected": "D"},
+    param('{"prompt": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, '
+          '{"role": "user", "content": "C"}], '
+          '"chosen": [{"role": "assistant", "content": "B"}], "rejected": "D"}',
           "<|user|> A<|assistant|> B<|end|><|user|> C<|assistant|>[ B<|end|>] "
           "<|user|> A<|assistant|> B<|end|><|user|> C<|assistant|>[ D<|end|>]",
           id="a preference after several turns"),
-    param({"prompt": "A ", "chosen": [user("A"), assistant("B")],
-           "rejected": [user("A"), assistant("C")]},
+    param('{"prompt": "A ", '
+          '"chosen": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], '
+          '"rejected": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "C"}]}',
           "<|user|> A<|assistant|>[ B<|end|>] <|user|> A<|assistant|>[ C<|end|>]",
-          id="a preference whose prompt has a space more than the turns"),
-    param({"prompt": "Hi", "id": 7, "messages": [system("Be"), user("Hi"), assistant("Ho")]},
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="messages that repeat the prompt"),
-    param('{"instruction": "Hi ", '
-          '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="ShareGPT that repeats the instruction"),
+          id="a preference whose turns repeat the prompt, but for a space"),
+    param('{"system": "Be", "prompt": "Hi", "messages": [{"role": "system", "content": "Be"}, '
+          '{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}',
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="messages that repeat other fields"),
     param('{"system": "Be", '
           '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
           "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="ShareGPT with a system field"),
     param('{"system_prompt": "Be", "instruction": "C", "output": "D", "history": [["A", "B"]]}',
           "<|user|> Be\n\nA<|assistant|>[ B<|end|>]<|user|> C<|assistant|>[ D<|end|>]",
           id="LLaMA-Factory's history of pairs"),
-    param({"instruction": "C", "output": "D", "history": [user("A"), assistant("B")]},
+    param('{"instruction": "C", "output": "D", '
+          '"history": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]}',
           "<|user|> A<|assistant|>[ B<|end|>]<|user|> C<|assistant|>[ D<|end|>]",
           id="a history of turns"),
     param('{"system": "Be", "question": "Hi", "answer": "Ho", '
           '"output": null, "messages": NaN, "history": NaN}',
           "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]",
           id="question and answer, other fields null or NaN"),
-    param({"system": "Be", "messages": [system("Be"), user("Hi"), assistant("Ho")]},
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="the system's words twice"),
-    param([user("Hi"), assistant("Ho")],
+    param('[{"id": 1, "content": "Hi", "role": "user"}, {"role": "assistant", "content": "Ho"}]',
           "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns and nothing around it"),
-    param([{"id": 1, "content": "Hi", "role": "user"}, assistant("Ho")],
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns, fields in another order"),
-    param('{"instruction": "Sum", "input": NaN, "output": 4}',
-          "<|user|> Sum<|assistant|>[ 4<|end|>]", id="NaN for nothing, and a number as the answer"),
     param(r'{"prompt": "A\r\nB", "completion": "C\fD\rE"}',
           "<|user|> A\nB<|assistant|>[ C\n\nD\nE<|end|>]", id="form feed and odd line ends"),
     param('{"prompt": "True?", "completion": true}',
           "<|user|> True?<|assistant|>[ true<|end|>]", id="true as the answer"),
 ])
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
-    text = as_json(record)
-    assert expected in shown("lines", f"\ufeff{text}\r\n", record)
-    over_lines = re.sub("([{,]) *([\"{])", "\\1\n  \\2", text)  # as jq prints it
-    for twice in (f"[\n{text},\n{text}\n]", f"[{text}, {text}]", f"{over_lines}\n" * 2,
-                  f"[{over_lines}, {over_lines}]", f'{{"n": 2, "data": [{text}, {text}]}}'):
+    assert expected in shown("lines", f"\ufeff{record}\r\n", record)
+    over_lines = re.sub("([{,]) *([\"{])", "\\1\n  \\2", record)  # as jq prints it
+    for twice in (f"[\n{record},\n{record}\n]", f"[{record}, {record}]", f"{over_lines}\n" * 2,
+                  f"[{over_lines}, {over_lines}]", f'{{"n": 2, "data": [{record}, {record}]}}'):
         assert shown("twice", twice, record).endswith(f"{expected} {expected}\n"), twice
 
 @parametrize("before, between, after", [
@@ -515,25 +491,21 @@ def test_a_download_that_was_cut_short_costs_its_last_record():
 
 @parametrize("record", [
     param('{"instruction": "area", "input": "4 cm x 5 cm", "output": ""}', id="an empty answer"),
-    param('{"instruction": ["list"], "output": 4}', id="a question that is a list of words"),
-    param('{"instruction": "cut", "outp', id="a record cut short"),
     param('[1, {"foo": null}]', id="a list of other things than turns"),
-    param('{"messages": "hi"}', id="messages that are text"),
-    param({"messages": [user("no answer")]}, id="a question without an answer"),
     param('{"system": "no question", "output": "A"}', id="an answer without a question"),
-    param('{"instruction": "A", "output": "B", "history": ["A1", "B1"]}', id="a history of texts"),
-    param({"messages": [assistant("opens"), user("Q"), assistant("A")]}, id="an answer opens it"),
-    param({"messages": [user([{"type": "image_url"}]), assistant("A")]}, id="a picture"),
-    param({"messages": [user("Q"), assistant("A"), assistant("twice")]}, id="two answers"),
-    param({"messages": [user("Q"), assistant("all", weight=0)]}, id="all answers weigh nothing"),
-    param({"messages": [user("Q"), assistant(None, tool_calls=[{"id": 1}]),
-                        {"role": "tool", "content": "4"}]}, id="a tool is called"),
+    param('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}, '
+          '{"role": "assistant", "content": "A"}]}', id="a picture"),
+    param('{"messages": [{"role": "user", "content": "Q"}, '
+          '{"role": "assistant", "content": "A", "weight": 0}]}', id="all answers weigh nothing"),
+    param('{"messages": [{"role": "user", "content": "Q"}, '
+          '{"role": "assistant", "content": null, "tool_calls": [{"id": 1}]}]}',
+          id="a tool is called"),
     param('{"prompt": "same", "chosen": "Yes", "rejected": "Yes"}', id="a choice of the same"),
     param('{"prompt": "none rejected", "chosen": "Yes"}', id="nothing rejected"),
 ])
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
-    said = shown("records.jsonl", f"{good}\n{as_json(record)}\n{good}", record)
+    said = shown("records.jsonl", f"{good}\n{record}\n{good}", record)
     assert said.startswith("left out: 1 ") and "records.jsonl:2)" in said
     assert said.count("<|assistant|>[ Ho") == 2
 
