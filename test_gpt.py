@@ -465,7 +465,6 @@ def test_a_record_of_any_public_shape_is_read(made, record, expected):
     param('{"prompt": "c"d", "e": "f"}', id="a quotation mark within a text"),
     param('{"prompt": "c\n", "response": "d"}', id="a line end within a text"),
     param('{"prompt": [{}, {"c": d}]}', id="a word without quotation marks, in a list"),
-    param('{"prompt": nul}', id="a null that lacks a letter"),
 ])
 def test_broken_json_costs_itself_and_at_most_the_next_record_and_its_line_is_named(
         before, between, after, broken):
@@ -527,8 +526,8 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
           ["one and two"], "left out: 1 empty document", id="JSON lines in a .txt, cut short"),
     param("stories.txt", "one\n<|endoftext|>\ntwo<|endoftext|>three",
           ["one\n", "two", "three"], "next", id="TinyStories: marks between documents"),
-    param("dos.txt", "\ufeffone\r\ntwo\rthree\n",
-          ["one\ntwo\nthree\n"], "next", id="line ends of Windows and of the old Mac, and a BOM"),
+    param("dos.txt", "\ufeffone\r\ntwo\rthree\x0cfour\n", ["one\ntwo\nthree\n\nfour\n"], "next",
+          id="line ends of Windows and of the old Mac, a form feed and a BOM"),
     param("spaces", "a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado",
           ["a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado"], "next", id="odd spaces stay"),
     param("list.json", r'["one", "two\r\n"]' "\n",
@@ -537,8 +536,6 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
           ["one", "two"], "next", id="records over several lines"),
     param("data.json", '{"data": [{"text": "one"}, {"text": "two", "url": 1}]}',
           ["one", "two"], "not used: url, 1 record", id="a list named data, a field not used"),
-    param("feed.txt", "one\x0ctwo\x0c\n",
-          ["one\n\ntwo\n\n\n"], "next", id="form feeds between pages"),
     param("table.csv", 'a,"b"\n',
           ['a,"b"\n'], "table.csv: not JSON, so it is read as it stands", id="a CSV"),
     param("odd.jsonl", "{'text': 'repr'}\n",
@@ -561,17 +558,13 @@ def test_a_file_of_text_becomes_the_documents_that_are_in_it(
     assert says in outcome(f"prepare {name} --vocab_size=300")
     assert documents() == expected
 
-@parametrize("lengths, expected", [
-    param([10] * 93, 840, id="many small documents: between two of them"),
-    param([90] * 11, 900, id="a few: before the last"),
-    param([40, 960], 900, id="a note beside a book: within the book"),
-    param([500, 500], 900, id="two equal books: within the second"),
-    param([1000], 900, id="one document"),
-    param([900, 100], 900, id="two, where it fits"),
-    param([2, 2], 2, id="very little text"),
+@parametrize("ends, expected", [
+    param([*range(10, 931, 10)], 840, id="many small documents: the first end after nine tenths"),
+    param([860, 870, 1000], 870, id="none ends soon after that: the last end before it"),
+    param([40, 1000], 900, id="a note beside a book: within the book"),
+    param([2, 4], 2, id="very little text"),
 ])
-def test_about_a_tenth_is_held_out_whatever_the_documents_are(lengths, expected):
-    ends = [int(end) for end in np.cumsum(lengths)]
+def test_about_a_tenth_is_held_out_whatever_the_documents_are(ends, expected):
     assert prepare.cut_of(ends, ends[-1], 0.1) == expected
 
 def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, monkeypatch):
@@ -624,7 +617,7 @@ class Run(NamedTuple):
 RUNS = [
     Run("base", "log", f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 "
                        "--grad_accum=2 --max_steps=100 --eval_every=7",
-        go_on="gpt --resume", signals=["SIGKILL", "SIGTERM", "SIGINT"]),
+        go_on="gpt --resume", signals=["SIGKILL", "SIGTERM"]),
     Run("chat", "log_chat", "sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 "
                             "--log_every=1 --learning_rate=0.01",
         go_on="chat --prompt=hi", signals=["SIGINT"]),
@@ -749,16 +742,13 @@ def test_the_last_correction_of_a_question_is_learned(made):
     said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
     assert said.startswith("nothing keeps the other answers as they are")
 
-@parametrize("where, complains", [
-    param("Où", "", id="UTF-8"),
-    param("O\udcf9", "standard input:3: not all of it is UTF-8\n", id="Latin-1"),
-])
-def test_piped_questions_get_one_line_each(made, where, complains):
-    typed = f"where is the cat?\n{'X' * 96}\n{where}?\nwho ran?\n"
+def test_piped_questions_get_one_line_each(made):
+    typed = f"where is the cat?\n{'X' * 96}\nOù?\nO\udcf9 in Latin-1?\nwho ran?\n"
     answers, errors, status = end(start("chat", PYTHONIOENCODING="utf-8:strict"), typed)
-    assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers)
+    assert re.fullmatch("the cat sat on the mat\n\n.*\n.*\nthe rat ran\n", answers)
     assert status == 0
-    assert re.fullmatch(f"error: standard input:2: the question has .*\n{complains}", errors)
+    assert re.fullmatch("error: standard input:2: the question has .*\n"
+                        "standard input:4: not all of it is UTF-8\n", errors)
 
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
     narrow = start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii")
@@ -780,14 +770,10 @@ TYPED = [  # what is typed at the prompt; what is found, by a regular expression
     ("where is\nthe cat?\n", "."),  # pasted: one question
     ("/better on a mat\n", "2 corr.*where is"),
     ("where is\x03", "(?s)^(?!.*sat)"),  # Ctrl-C: no answer
-    ("/prompt x\n", "no command"),
-    ("/ x\n", "no command"),
     ("/checkpoint y\n", "no command"),
     ("X" * 99 + "\n", "has 102 tokens"),
     ("/probs\n", "no answer"),
     ("/better y\n", "should have been"),
-    ("/reset\n", "."),
-    ("who ran?\n", "the rat ran"),
 ]
 
 @only_posix
@@ -860,11 +846,10 @@ def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     assert runs[2]["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
 
 def test_a_run_says_how_the_one_before_it_did(made):
-    train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=again"
-    first, second = outcome(train), outcome(f"{train} --seed=1")
-    assert "of the run before" not in first
-    [lowest] = re.findall(r"lowest validation ([\d.]+) ", first)
-    assert f"; of the run before {lowest} ({Path('again/log.prev.csv')})" in second
+    assert "of the run before" not in made
+    write("again/log.csv", "step,val_loss\n1,\n2,1.5\n3,1.75\n")
+    said = outcome(f"gpt {TINY} --max_steps=1 --out_dir=again")
+    assert f"; of the run before 1.500 ({Path('again/log.prev.csv')})" in said
 
 @only_posix
 def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
@@ -1097,8 +1082,8 @@ BAD_FILES = {
     "pdf": "%PDF-1.7\n", "rtf": "{\\rtf1", "html": "\n<!-- x --><!DOCTYPE html>", "docx": "PK\3\4",
     "table.parquet": "PAR1", "x.xz": "\udcfd7zXZ", "x.zst": "\x28\udcb5\x2f\udcfd",
     "code/a.py": "pass", "pairs.json": '{"prompt": "a", "response": "b"}', "empty": "",
-    "binary": "a\0b", "utf16": "\udcff\udcfeh\0i\0", "short": "a", "latin": LATIN,
-    "cut.npz": "PK\3\4\0\0\0\0", "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"',
+    "binary": "a\0b", "short": "a", "latin": LATIN,
+    "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"',
     "odd/train.bin": "abc" * 99, "odd/tokenizer.json": TOKENIZER.to_json(),
     "foreign/tokenizer.json": "{}"}
 NO_UTF8 = "not UTF-8; .* iconv .* UTF-16"
@@ -1112,9 +1097,7 @@ REFUSED = [  # a command; its error, by a regular expression
     ("prepare short", "too little text: 2 tokens"),
     ("prepare cut", "cut:1: damaged"),
     ("prepare pdf", "pdf: a PDF, not text; try: pdftotext"),
-    ("sft pdf", "pdf: a PDF, not text; try: pdftotext"),
     ("prepare rtf", "RTF, not text; try: pandoc"),
-    ("prepare html", "HTML, not text; try: pandoc"),
     ("sft html", "HTML, not text; try: pandoc"),
     ("prepare docx", "a zip archive, as .docx and .epub"),
     ("prepare table.parquet", "parquet, not text; .*read_parquet"),
@@ -1123,10 +1106,8 @@ REFUSED = [  # a command; its error, by a regular expression
     ("prepare code", "a folder without text files.*: code/[*]"),
     ("prepare pairs.json", "too little text: 0 tokens; left out: .*sft.py.*pairs.json:1"),
     ("prepare binary", f"binary: {NO_UTF8}"),
-    ("prepare utf16", f"utf16: {NO_UTF8}"),
     ("prepare latin", f"latin: {NO_UTF8}"),
     ("sft empty", f"empty: {NO_QUESTION}"),
-    ("sft short", f"short: {NO_QUESTION}"),
     ("sft text.jsonl --dpo", f"text.jsonl: {NO_QUESTION}"),
     ("sft cut.json", "cut.json: no q.* not JSON"),
     ("gpt --data_dir=odd", "odd.train.bin: damaged"),
@@ -1134,7 +1115,6 @@ REFUSED = [  # a command; its error, by a regular expression
     ("gpt --init=text.jsonl", f"text.jsonl: {NO_CHECKPOINT}"),
     ("gpt --resume --out_dir=nowhere", f"base.npz: {NO_CHECKPOINT}"),
     ("chat none.npz", f"none.npz: {NO_CHECKPOINT}"),
-    ("chat cut.npz", f"cut.npz: {NO_CHECKPOINT}"),
     # Settings
     ("prepare text.jsonl --vocab_size=3", "--vocab_size 3: must be from 259 to 65536"),
     ("gpt --learning_rate=nan", "--learning_rate nan: must be from 0 to 1"),
@@ -1206,11 +1186,13 @@ def test_two_processes_train_as_one_and_fall_together(made):
                      for name in ("one", "halves"))
     assert_close(whole, halves, 1e-3)
 
-def test_the_built_in_questions_never_tell_what_is_tested():
+def test_the_built_in_questions_never_tell_what_is_tested(monkeypatch):
     full, train, test = built_in_corpus(0)
     without_b, same, _ = built_in_corpus(0, tell_b=False)
-    assert same == train != built_in_corpus(1)[1]
+    assert same == train
     assert len(without_b) < len(full)
+    monkeypatch.setattr(world, "conversation", lambda pools: None)  # they take the time
+    assert built_in_corpus(1)[2] != test
     told = {message["content"] for record in train for message in record["messages"]}
     for record in test:
         assert not record["set"].startswith("B") or record["response"] not in told
