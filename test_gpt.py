@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import DEFAULT, Mock
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
@@ -519,7 +520,8 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
 
 @parametrize("name, text, expected, says", [
     param("c4-train.00000-of-01024.json.gz", '{"text": "one"}\n{"text": "two", "url": ""}\n',
-          ["one", "two"], "next", id="C4: JSON lines, packed by gzip"),
+          ["one", "two"], "not used: url, 1 record",
+          id="C4: JSON lines, packed by gzip, with a field not used"),
     param("wiki_00", '\n{"text": "one"}\n{"text": "two"}',
           ["one", "two"], "next", id="WikiExtractor's file: no ending, an empty line first"),
     param("w.txt.bz2", '{"text": "one and two"}\n{"text": " "}\n{"id": 1}\n{"te',
@@ -534,8 +536,6 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
           ["one", "two\n"], "next", id="a list of texts"),
     param("jq.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}\n',
           ["one", "two"], "next", id="records over several lines"),
-    param("data.json", '{"data": [{"text": "one"}, {"text": "two", "url": 1}]}',
-          ["one", "two"], "not used: url, 1 record", id="a list named data, a field not used"),
     param("table.csv", 'a,"b"\n',
           ['a,"b"\n'], "table.csv: not JSON, so it is read as it stands", id="a CSV"),
     param("odd.jsonl", "{'text': 'repr'}\n",
@@ -692,18 +692,19 @@ def test_the_road_from_text_to_answers(made):
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
 
 def test_a_base_model_is_asked_to_begin_a_document(made, monkeypatch):
-    asked = []
-    monkeypatch.setattr(gpt, "sample", lambda logits, ids, *_, **how: asked.extend(ids) or END)
+    sample = Mock(return_value=END)
+    monkeypatch.setattr(gpt, "sample", sample)
     outcome("chat out/base.npz --prompt='the cat'")
+    asked = sample.call_args.args[1]
     assert asked[0] == END and END not in asked[1:]
 
 def test_fine_tuning_takes_the_rows_by_chance_but_never_the_held_out_and_replays(made, monkeypatch):
     answers = ["X" * n for n in range(1, 21)]  # told apart by their lengths
     write("lengths.json", "\n".join(f'{{"prompt": "?", "response": "{a}"}}' for a in answers))
-    given = []
-    monkeypatch.setattr(gpt, "train", lambda *args: given.extend(args) or {"params": None})
+    train = Mock(return_value={"params": None})
+    monkeypatch.setattr(gpt, "train", train)
     outcome("sft lengths.json --init=out/base.npz --batch_size=4")
-    batch_at = given[4]
+    batch_at = train.call_args.args[4]
     lengths = []
     replayed = set()
     for x, y, w in map(batch_at, range(19)):  # 3 of the 19 rows left, and one replayed
@@ -799,13 +800,8 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
 def steps_of(checkpoint):
     return gpt.load_checkpoint(checkpoint)[1]["step"]
 
-def assert_same_run(a, b, name, log):
-    """That two folders have the same bits in a finished checkpoint and the same losses in a log."""
-    state, about, *_ = gpt.load_checkpoint(f"{a}/{name}.npz", whole=True)
-    same, also, *_ = gpt.load_checkpoint(f"{b}/{name}.npz", whole=True)
-    np.testing.assert_equal(state, same)
-    assert about["step"] == also["step"] == about["config"]["max_steps"]
-    np.testing.assert_equal(log_of(f"{a}/{log}.csv")[:, :4], log_of(f"{b}/{log}.csv")[:, :4])
+def state_of(checkpoint):
+    return gpt.load_checkpoint(checkpoint, whole=True)[0]
 
 @only_posix
 @parametrize("run", RUNS, ids=[run.name for run in RUNS])
@@ -829,7 +825,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(
     _, errors, status = end(process)
     assert status == 0
     assert errors == "" or run.name == "chat"  # which says there that it goes on
-    assert_same_run(unstopped, "out", run.name, run.log)
+    np.testing.assert_equal(state_of(f"out/{run.name}.npz"),
+                            state_of(unstopped / f"{run.name}.npz"))
+    np.testing.assert_equal(log_of(f"out/{run.log}.csv")[:, :4],  # without the times
+                            log_of(unstopped / f"{run.log}.csv")[:, :4])
     kept = Path(f"out/{run.name}.prev.npz")  # a fresh run keeps the one before it
     assert kept.read_bytes() == (unstopped / f"{run.name}.npz").read_bytes()
 
@@ -866,20 +865,12 @@ def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
 
 def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, monkeypatch):
     full = OSError(28, "No space left on device", "full/base.npz")
-    save_checkpoint = gpt.save_checkpoint
-    saves = []
-    def save(*args):
-        saves.append(args)
-        if len(saves) == 3:
-            raise full
-        save_checkpoint(*args)
-    def no_room(dir):
-        raise full
     train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=full"
     with monkeypatch.context() as patch:
-        patch.setattr(gpt.tempfile, "TemporaryFile", no_room)
+        patch.setattr(gpt.tempfile, "TemporaryFile", Mock(side_effect=full))
         assert outcome(train) == "error: full/base.npz: No space left on device\n"
-    monkeypatch.setattr(gpt, "save_checkpoint", save)
+    third_fails = Mock(wraps=gpt.save_checkpoint, side_effect=[DEFAULT, DEFAULT, full, DEFAULT])
+    monkeypatch.setattr(gpt, "save_checkpoint", third_fails)
     said = outcome(train)
     assert "full/base.npz: not saved (No space left on device); the next validation tries" in said
     assert steps_of("full/base.npz") == 3
@@ -901,9 +892,8 @@ def test_a_checkpoint_that_is_a_link_stays_one_and_the_file_before_it_is_kept(tm
     assert not (tmp_path / "second_name.npz").is_symlink()
 
 def test_a_drive_without_locks_trains_with_a_warning(tmp_path, monkeypatch, capsys):
-    def connect(*args, **how):
-        raise prepare.sqlite3.OperationalError("locking protocol")
-    monkeypatch.setattr(prepare.sqlite3, "connect", connect)
+    no_locks = prepare.sqlite3.OperationalError("locking protocol")
+    monkeypatch.setattr(prepare.sqlite3, "connect", Mock(side_effect=no_locks))
     with prepare.only_writer(tmp_path):
         assert "no locks on this drive" in capsys.readouterr().out
 
@@ -1180,11 +1170,9 @@ def test_two_processes_train_as_one_and_fall_together(made):
     assert end(first)[2] and end(second)[2]
     assert [end(process)[2] for process in start_both("--resume")] == [0, 0]
     outcome(f"{train} --out_dir=one")
-    for run, same in zip(log_of("one/log.csv"), log_of("halves/log.csv")):
-        assert run[:3] == approx(same[:3], abs=1e-4, nan_ok=True)
-    whole, halves = (gpt.load_checkpoint(f"{name}/base.npz", whole=True)[0]
-                     for name in ("one", "halves"))
-    assert_close(whole, halves, 1e-3)
+    losses, same = log_of("halves/log.csv")[:, :3], log_of("one/log.csv")[:, :3]
+    np.testing.assert_allclose(losses, same, atol=1e-4)
+    assert_close(state_of("halves/base.npz"), state_of("one/base.npz"), 1e-3)
 
 def test_the_built_in_questions_never_tell_what_is_tested(monkeypatch):
     full, train, test = built_in_corpus(0)
