@@ -146,20 +146,21 @@ def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_ke
 def test_adam_equals_its_closed_form_with_decay_and_clipping():
     """Its means are those of all gradients so far, each with weight beta^age."""
     params = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}
-    past = {"matrix": [], "gain": []}  # gradients
-    state = gpt.new_state(dict(params))
+    state = gpt.new_state(params)
+    past = []  # gradients so far, clipped
     for t in range(5):
         grads = tree.map(lambda p: RNG.normal(size=p.shape) * 10.0 ** (t - 2), params)
         grads["matrix"][[0, t % 3]] = 0  # row 0 never has a gradient, others not always
         state = gpt.adam(state, grads, t + 1, 0.01, CFG)
         length = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        past.append(tree.map(lambda g: g / max(1, length), grads))
         age = np.arange(t, -1, -1)  # of past[0], past[1], ...
-        for name, p in params.items():
-            gs = past[name] = [*past[name], grads[name] / max(1, length)]
+        def new_value(p, *gs):
             mean = np.average(gs, 0, 0.9**age)
             square = np.average(np.square(gs), 0, 0.99**age)
-            decay = 0.1 * p * (square > 0) if name == "matrix" else 0
-            params[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
+            decay = 0.1 * p * (square > 0) if p.ndim > 1 else 0
+            return p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
+        params = tree.map(new_value, params, *past)
     assert_close(state["params"], params, 1e-5)
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -594,12 +595,12 @@ def test_printable_takes_from_text_only_what_can_steer_a_terminal():
     for c in "\0\x07\r\x1b\x7f\x9b\ud800\u202e\u2066":
         assert prepare.printable(f"a{c}b") == "a\ufffdb"
 
-def test_the_quota_of_a_container_limits_the_cores(monkeypatch):
+@parametrize("quota, cores", [("150000 100000", 2), ("max 100000", 8), ("1000 100000", 1)])
+def test_the_quota_of_a_container_limits_the_cores(quota, cores, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    for quota, cores in [("150000 100000", 2), ("max 100000", 8), ("1000 100000", 1)]:
-        monkeypatch.setattr(Path, "read_text", lambda path: quota)
-        assert prepare.available_cores() == cores
+    monkeypatch.setattr(Path, "read_text", lambda path: quota)
+    assert prepare.available_cores() == cores
 
 # ---------------------------------------------------------------- the programs
 log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
@@ -903,13 +904,13 @@ def test_a_narrow_terminal_keeps_one_line_of_progress(monkeypatch, capsys):
     prepare.show_progress("x" * 99)
     assert len(capsys.readouterr().out) < 50 + len("\r\033[K")
 
-@parametrize("order", [
-    param(lambda n: n < 500, id="one language after the other"),
-    param(lambda n: n % 2, id="two languages in turn"),
+@parametrize("texts", [
+    param(["one two"] * 500 + ["eins zwei"] * 500, id="one language after the other"),
+    param(["one two", "eins zwei"] * 500, id="two languages in turn"),
 ])
-def test_the_tokenizer_learns_from_everywhere_in_a_long_text(order, monkeypatch):
+def test_the_tokenizer_learns_from_everywhere_in_a_long_text(texts, monkeypatch):
     monkeypatch.setattr(prepare, "ENOUGH", 100)
-    lines = [json.dumps(["one two" if order(n) else "eins zwei", True]) for n in range(1000)]
+    lines = [json.dumps([text, True]) for text in texts]
     words = prepare.frequent_words(lines, 9000, 300)
     # 100 of 9,000 bytes: about 11 of the 1,000 lines
     assert 4 < words[" two"] < 8 and 4 < words[" zwei"] < 8
@@ -932,16 +933,13 @@ def test_questions_of_ones_own_stay(tmp_path, monkeypatch):
     assert "qa.jsonl: not made by prepare.py, so it stays" in outcome("prepare text.txt")
     assert sorted(path.name for path in Path("data").glob("qa*")) == ["qa.jsonl"]
 
-def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
+@parametrize("context, n_messages", [(99, 4), (30, 2)])
+def test_a_correction_whose_conversation_is_too_long_stands_alone(context, n_messages, tmp_path):
     path = tmp_path / "feedback.jsonl"
     asked = [user("the cat " * 9), assistant("a mat"), user("who ran?")]
     write(path, json.dumps({"prompt": asked, "chosen": "a rat", "rejected": "no"}))
-    lengths = []
-    for context in (99, 30):
-        [example] = sft.corrections_in(path, TOKENIZER, context)
-        lengths.append(len(example.chosen))
-        assert example.chosen[-1].text == "a rat"
-    assert lengths == [4, 2]
+    [example] = sft.corrections_in(path, TOKENIZER, context)
+    assert len(example.chosen) == n_messages and example.chosen[-1].text == "a rat"
 
 def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(
         tmp_path):
