@@ -491,7 +491,8 @@ def test_a_download_that_was_cut_short_costs_its_last_record():
         assert len(found) <= n_whole + 1  # what is left of the last may be a record by itself
 
 @parametrize("record", [
-    param('{"instruction": "area", "input": "4 cm x 5 cm", "output": ""}', id="an empty answer"),
+    param('{"messages": [{"role": "user", "content": "Q"}, '
+          '{"role": "assistant", "content": " "}]}', id="an empty answer"),
     param('[1, {"foo": null}]', id="a list of other things than turns"),
     param('{"system": "no question", "output": "A"}', id="an answer without a question"),
     param('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}, '
@@ -1000,10 +1001,11 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
     def jit(f, **options):
         jitted = real_jit(f, **options)
         def call(*args):
+            traced = jitted.trace(*args)
             key = jitted, str(tree.map(np.shape, args))
             if key not in texts:
-                texts[key] = jitted.trace(*args).lower(lowering_platforms=platforms).as_text()
-            return tree.map(lambda a: np.ones(a.shape, a.dtype), jax.eval_shape(jitted, *args))
+                texts[key] = traced.lower(lowering_platforms=platforms).as_text()
+            return tree.map(lambda a: np.ones(a.shape, a.dtype), traced.out_info)
         return call
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(gpt, "QUERIES", 30)
