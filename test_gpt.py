@@ -8,9 +8,10 @@ import bz2, gzip, io, json, os, re, select, shlex, shutil, signal, socket, subpr
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import DEFAULT, Mock
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
@@ -117,10 +118,12 @@ def assert_close(a, b, tolerance):
         assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), name
 
 # ---------------------------------------------------------------- model, step, generation
-@parametrize("queries", [9, 3])
-@parametrize("dtype, near", [("float32", 1e-4), ("bfloat16", 0.05)])
+@parametrize("dtype, near, queries", [
+    param("float32", 1e-4, 3, id="float32, three blocks of queries"),
+    param("bfloat16", 0.05, 9, id="bfloat16, one block"),
+])
 def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, monkeypatch):
-    monkeypatch.setattr(gpt, "QUERIES", queries)  # in one block of queries, and in three
+    monkeypatch.setattr(gpt, "QUERIES", queries)
     cfg = replace(CFG, dtype=dtype)
     twins = np.array(LOGITS)
     logits = gpt.logits_of(PARAMS, gpt.forward(PARAMS, X, cfg)[0], cfg)
@@ -147,20 +150,21 @@ def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_ke
 def test_adam_equals_its_closed_form_with_decay_and_clipping():
     """Its means are those of all gradients so far, each with weight beta^age."""
     params = {"matrix": np.ones((3, 5)), "gain": np.ones(5)}
-    past = {"matrix": [], "gain": []}  # gradients
-    state = gpt.new_state(dict(params))
+    state = gpt.new_state(params)
+    past = []  # gradients so far, clipped
     for t in range(5):
         grads = tree.map(lambda p: RNG.normal(size=p.shape) * 10.0 ** (t - 2), params)
         grads["matrix"][[0, t % 3]] = 0  # row 0 never has a gradient, others not always
         state = gpt.adam(state, grads, t + 1, 0.01, CFG)
         length = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        past.append(tree.map(lambda g: g / max(1, length), grads))
         age = np.arange(t, -1, -1)  # of past[0], past[1], ...
-        for name, p in params.items():
-            gs = past[name] = [*past[name], grads[name] / max(1, length)]
+        def new_value(p, *gs):
             mean = np.average(gs, 0, 0.9**age)
             square = np.average(np.square(gs), 0, 0.99**age)
-            decay = 0.1 * p * (square > 0) if name == "matrix" else 0
-            params[name] = p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
+            decay = 0.1 * p * (square > 0) if p.ndim > 1 else 0
+            return p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
+        params = tree.map(new_value, params, *past)
     assert_close(state["params"], params, 1e-5)
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -170,23 +174,22 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
 
 @parametrize("micro, shard", [
     param(1, False, id="a batch on 6 devices"),
-    param(3, False, id="three micro-batches, each on 2 devices"),
-    param(3, True, id="the same with split parameters"),
+    param(3, True, id="three micro-batches, each on 2 devices, with split parameters"),
 ])
 def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(micro, shard):
     cfg = replace(CFG, batch_size=B // micro, grad_accum=micro, shard_params=shard, grad_clip=0)
     before = gpt.new_state(PARAMS)
     home = gpt.placements_of(before, cfg)
-    objective = partial(gpt.loss, cfg=cfg)
-    for weight in (0, 1):  # a batch without weights has gradient zero, not NaN
-        parts = zip(*(np.split(a, micro) for a in (X, Y, weight * W)))
-        batch_at = dict(enumerate(parts, 4 * micro)).get  # those of step 4
-        step = gpt.make_step(objective, batch_at, cfg, home)
-        state, mean = step(tree.map(gpt.put, before, home), 4, 0.01)
-        share = weight / W.sum()
+    def batch_at(n):
+        number, part = divmod(n, micro)
+        weights = W * (number == 4)  # step 5 has none: its gradient is zero, not NaN
+        return [np.split(a, micro)[part] for a in (X, Y, weights)]
+    step = gpt.make_step(partial(gpt.loss, cfg=cfg), batch_at, cfg, home)
+    for number, share in (4, 1 / W.sum()), (5, 0):
+        state, mean = step(tree.map(gpt.put, before, home), number, 0.01)
         assert float(mean) == approx(share * sum(LOSSES), rel=1e-5)
         gradient = tree.map(lambda g: np.float32(g * share), GRADIENT)
-        assert_close(state, gpt.adam(before, gradient, 5.0, 0.01, cfg), 1e-3)
+        assert_close(state, gpt.adam(before, gradient, number + 1.0, 0.01, cfg), 1e-3)
     n_parts = gpt.placements(cfg.batch_size)[0].mesh.size if shard else 1
     for a in tree.leaves(state):  # split: to each device its part of the memory
         assert a.addressable_shards[0].data.nbytes * n_parts == a.nbytes
@@ -208,7 +211,6 @@ def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
 @parametrize("length, begins", [  # of a row of 8: END, or a place more than 3 tokens after it
     param(5, {END, 4}, id="documents that fit a row"),
     param(12, {END, *range(4, 12)}, id="documents longer than a row"),
-    param(40, {END, *range(4, 40)}, id="documents much longer than a row"),
 ])
 def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length, begins):
     ids = np.arange(1, 401) % length  # documents, such as 1 2 3 4 and then 0, which is END
@@ -371,51 +373,37 @@ def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns
         longest_that_fits = next(p for p in prompts if len(p) + 24 <= n)
         assert chat.prompt_ids(turns[:], TOKENIZER, n) == longest_that_fits
 
-GAIN = RNG.normal(size=(3, 2))  # of the log-probabilities of three pairs, over the reference
-
-@parametrize("order, gain", [
-    param([0, 1], GAIN, id="the first of each pair is chosen"),
-    param([1, 0], GAIN, id="the second is chosen"),
-    param([0, 1], 0 * GAIN, id="nothing learned yet, so the loss is ln 2"),
-])
-def test_the_dpo_loss_and_its_gradient_equal_the_papers(order, gain):
+def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     """The twin's batch as three pairs of rows; it gives their losses and gradients."""
-    rows = np.arange(6).reshape(3, 2)[:, order]  # chosen, rejected
-    logp = np.negative(LOSSES)[rows]
-    per_token = 1 / W[rows[:, 0]].sum(-1)  # of the chosen
-    margin = CFG.beta * (gain[:, 0] - gain[:, 1])
-    losses = np.log1p(np.exp(-margin)) - per_token * logp[:, 0]
+    logp = np.negative(LOSSES)
+    gain = RNG.normal(size=6)  # of these log-probabilities, over the reference
+    reference = np.float32(logp - gain)
+    per_token = 1 / W[::2].sum(1)  # of the chosen: the first of each pair
+    margin = CFG.beta * (gain[::2] - gain[1::2])
+    losses = np.log1p(np.exp(-margin)) - per_token * logp[::2]
     doubt = CFG.beta / (1 + np.exp(margin))
-    factors = np.zeros(6)  # of each row's gradient in that of the loss
-    factors[rows[:, 0]] = doubt + per_token
-    factors[rows[:, 1]] = -doubt
+    factors = np.ravel([doubt + per_token, -doubt], "F")  # of each row's gradient in the loss's
 
     objective = jax.jit(jax.value_and_grad(partial(sft.dpo_loss, cfg=CFG), has_aux=True))
-    reference = np.float32(logp - gain).ravel()
-    batch = [*(a[rows.ravel()] for a in BATCH), reference]
-    (total, count), gradient = objective(PARAMS, batch, None)
+    (total, count), gradient = objective(PARAMS, [*BATCH, reference], None)
     assert count == 3
     assert total == approx(losses.sum(), rel=1e-4)
     assert_close(gradient, tree.map(lambda *g: np.tensordot(factors, g, 1), *GRADIENTS), 1e-3)
 
     # With four references the last two rows are replayed text: each pair adds their mean loss.
-    total, _ = sft.dpo_loss(PARAMS, [*batch[:3], reference[:4]], None, CFG)
-    text = rows[2]
-    replayed = np.mean(np.array(LOSSES)[text] / W[text].sum(1))
+    total, _ = sft.dpo_loss(PARAMS, [*BATCH, reference[:4]], None, CFG)
+    replayed = np.mean(LOSSES[4:] / W[4:].sum(1))
     assert total == approx((losses[:2] + replayed).sum(), rel=1e-4)
     # The rejected of examples that only keep an answer has no trained token.
-    batch[2] = batch[2] * np.float32([[1], [0]] * 3)
-    assert all(np.isfinite(g).all() for g in tree.leaves(objective(PARAMS, batch, None)))
+    kept = [X, Y, W * np.float32([[1], [0]] * 3), reference]
+    assert all(np.isfinite(g).all() for g in tree.leaves(objective(PARAMS, kept, None)))
 
 # ---------------------------------------------------------------- files as people have them
 def user(text):
     return {"role": "user", "content": text}
 
-def system(text):
-    return {"role": "system", "content": text}
-
-def assistant(text, **more):
-    return {"role": "assistant", "content": text} | more
+def assistant(text):
+    return {"role": "assistant", "content": text}
 
 def shown(name, text, record):
     """What is trained of a file with this text, which holds this record: [learned], an example a
@@ -425,87 +413,66 @@ def shown(name, text, record):
     examples = outcome(f"sft {flag}{name} --show=9 --init=out/base.npz")
     return examples.replace("\n<|user", " <|user")
 
-def as_json(record):
-    """A record is given as a dict of turns, or as the text that stands in the file."""
-    return record if isinstance(record, str) else json.dumps(record)
-
 @parametrize("record, expected", [
-    param('{"instruction": "Hi", "input": "", "context": null, "output": "Ho", "id": 7}',
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="Alpaca with an empty input"),
     param('{"instruction": "Sum", "context": "2+2", "response": "4"}',
           "<|user|> Sum\n\n2+2<|assistant|>[ 4<|end|>]", id="Dolly with a context"),
-    param('{"instruction": "", "input": "What is 2+2?", "output": "4"}',
-          "<|user|> What is 2+2?<|assistant|>[ 4<|end|>]", id="Alpaca with only an input"),
     param('{"prompt": "Schlüssel?", "completion": "weiß 😀 — 東京 \\ud83d"}',
           "<|user|> Schlüssel?<|assistant|>[ weiß 😀 — 東京 ?<|end|>]", id="half of a surrogate pair"),
-    param({"prompt": [user("Hi")], "completion": [assistant("Ho")]},
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="prompt and completion as turns"),
-    param({"messages": [system(""), user("Hi"), assistant("Ho", tool_calls=None)]},
+    param('{"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}, '
+          '{"role": "assistant", "content": "Ho", "tool_calls": null}]}',
           "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="OpenAI's messages, an empty system turn"),
-    param({"messages": [{"role": "developer", "content": "Be"}, user("Hi"), assistant("Ho")]},
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="OpenAI's messages, a developer's turn"),
-    param({"messages": [user("1"), assistant("2", weight=0), user("3"), assistant("4", weight=1)]},
-          "<|user|> 1<|assistant|> 2<|end|><|user|> 3<|assistant|>[ 4<|end|>]",
-          id="OpenAI's messages with weights"),
-    param('{"conversations": [{"from": "system", "value": "Be"}, {"from": "human", "value": "Hi"}, '
-          '{"from": "gpt", "value": "Ho"}]}',
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="ShareGPT with a system turn"),
-    param({"conversations": [user([{"text": "H"}, {"text": "i"}]), assistant("Ho"), user("Bye")]},
+    param('{"messages": [{"role": "developer", "content": "Be"}, {"role": "user", "content": "1"}, '
+          '{"role": "assistant", "content": "2", "weight": 0}, {"role": "user", "content": "3"}, '
+          '{"role": "assistant", "content": "4", "weight": 1}]}',
+          "<|user|> Be\n\n1<|assistant|> 2<|end|><|user|> 3<|assistant|>[ 4<|end|>]",
+          id="OpenAI's messages with a developer's turn and weights"),
+    param('{"conversations": [{"role": "user", "content": [{"text": "H"}, {"text": "i"}]}, '
+          '{"role": "assistant", "content": "Ho"}, {"role": "user", "content": "Bye"}]}',
           "<|user|> Hi<|assistant|>[ Ho<|end|>]",
           id="text in parts, and a last question without an answer"),
     param('{"instruction": "A", "input": "B", "chosen": "C", "rejected": "D"}',
           "<|user|> A\n\nB<|assistant|>[ C<|end|>] <|user|> A\n\nB<|assistant|>[ D<|end|>]",
           id="a preference in Alpaca's fields"),
-    param({"prompt": "A", "chosen": [user("A"), assistant("B")],
-           "rejected": [user("A"), assistant("C")]},
-          "<|user|> A<|assistant|>[ B<|end|>] <|user|> A<|assistant|>[ C<|end|>]",
-          id="a preference whose turns repeat the prompt"),
-    param({"prompt": [user("A"), assistant("B"), user("C")], "chosen": [assistant("B")],
-           "rejected": "D"},
+    param('{"prompt": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, '
+          '{"role": "user", "content": "C"}], '
+          '"chosen": [{"role": "assistant", "content": "B"}], "rejected": "D"}',
           "<|user|> A<|assistant|> B<|end|><|user|> C<|assistant|>[ B<|end|>] "
           "<|user|> A<|assistant|> B<|end|><|user|> C<|assistant|>[ D<|end|>]",
           id="a preference after several turns"),
-    param({"prompt": "A ", "chosen": [user("A"), assistant("B")],
-           "rejected": [user("A"), assistant("C")]},
+    param('{"prompt": "A ", '
+          '"chosen": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}], '
+          '"rejected": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "C"}]}',
           "<|user|> A<|assistant|>[ B<|end|>] <|user|> A<|assistant|>[ C<|end|>]",
-          id="a preference whose prompt has a space more than the turns"),
-    param({"prompt": "Hi", "id": 7, "messages": [system("Be"), user("Hi"), assistant("Ho")]},
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="messages that repeat the prompt"),
-    param('{"instruction": "Hi ", '
-          '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="ShareGPT that repeats the instruction"),
+          id="a preference whose turns repeat the prompt, but for a space"),
+    param('{"system": "Be", "prompt": "Hi", "messages": [{"role": "system", "content": "Be"}, '
+          '{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}',
+          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="messages that repeat other fields"),
     param('{"system": "Be", '
           '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
           "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="ShareGPT with a system field"),
     param('{"system_prompt": "Be", "instruction": "C", "output": "D", "history": [["A", "B"]]}',
           "<|user|> Be\n\nA<|assistant|>[ B<|end|>]<|user|> C<|assistant|>[ D<|end|>]",
           id="LLaMA-Factory's history of pairs"),
-    param({"instruction": "C", "output": "D", "history": [user("A"), assistant("B")]},
+    param('{"instruction": "C", "output": "D", '
+          '"history": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]}',
           "<|user|> A<|assistant|>[ B<|end|>]<|user|> C<|assistant|>[ D<|end|>]",
           id="a history of turns"),
     param('{"system": "Be", "question": "Hi", "answer": "Ho", '
           '"output": null, "messages": NaN, "history": NaN}',
           "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]",
           id="question and answer, other fields null or NaN"),
-    param({"system": "Be", "messages": [system("Be"), user("Hi"), assistant("Ho")]},
-          "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="the system's words twice"),
-    param([user("Hi"), assistant("Ho")],
+    param('[{"id": 1, "content": "Hi", "role": "user"}, {"role": "assistant", "content": "Ho"}]',
           "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns and nothing around it"),
-    param([{"id": 1, "content": "Hi", "role": "user"}, assistant("Ho")],
-          "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns, fields in another order"),
-    param('{"instruction": "Sum", "input": NaN, "output": 4}',
-          "<|user|> Sum<|assistant|>[ 4<|end|>]", id="NaN for nothing, and a number as the answer"),
     param(r'{"prompt": "A\r\nB", "completion": "C\fD\rE"}',
           "<|user|> A\nB<|assistant|>[ C\n\nD\nE<|end|>]", id="form feed and odd line ends"),
     param('{"prompt": "True?", "completion": true}',
           "<|user|> True?<|assistant|>[ true<|end|>]", id="true as the answer"),
 ])
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
-    text = as_json(record)
-    assert expected in shown("lines", f"\ufeff{text}\r\n", record)
-    over_lines = re.sub("([{,]) *([\"{])", "\\1\n  \\2", text)  # as jq prints it
-    for twice in (f"[\n{text},\n{text}\n]", f"[{text}, {text}]", f"{over_lines}\n" * 2,
-                  f"[{over_lines}, {over_lines}]", f'{{"n": 2, "data": [{text}, {text}]}}'):
+    assert expected in shown("lines", f"\ufeff{record}\r\n", record)
+    over_lines = re.sub("([{,]) *([\"{])", "\\1\n  \\2", record)  # as jq prints it
+    for twice in (f"[\n{record},\n{record}\n]", f"[{record}, {record}]", f"{over_lines}\n" * 2,
+                  f"[{over_lines}, {over_lines}]", f'{{"n": 2, "data": [{record}, {record}]}}'):
         assert shown("twice", twice, record).endswith(f"{expected} {expected}\n"), twice
 
 @parametrize("before, between, after", [
@@ -521,7 +488,6 @@ def test_a_record_of_any_public_shape_is_read(made, record, expected):
     param('{"prompt": "c"d", "e": "f"}', id="a quotation mark within a text"),
     param('{"prompt": "c\n", "response": "d"}', id="a line end within a text"),
     param('{"prompt": [{}, {"c": d}]}', id="a word without quotation marks, in a list"),
-    param('{"prompt": nul}', id="a null that lacks a letter"),
     param('{"messages": [{"role": "a "b" c"}, {"role": "d"}], "id": 5}', id="a quote, and more"),
 ])
 def test_broken_json_costs_itself_and_at_most_the_next_record_and_its_line_is_named(
@@ -547,26 +513,23 @@ def test_a_download_that_was_cut_short_costs_its_last_record():
         assert len(found) <= n_whole + 1  # what is left of the last may be a record by itself
 
 @parametrize("record", [
-    param('{"instruction": "area", "input": "4 cm x 5 cm", "output": ""}', id="an empty answer"),
-    param('{"instruction": ["list"], "output": 4}', id="a question that is a list of words"),
-    param('{"instruction": "cut", "outp', id="a record cut short"),
+    param('{"messages": [{"role": "user", "content": "Q"}, '
+          '{"role": "assistant", "content": " "}]}', id="an empty answer"),
     param('[1, {"foo": null}]', id="a list of other things than turns"),
-    param('{"messages": "hi"}', id="messages that are text"),
-    param({"messages": [user("no answer")]}, id="a question without an answer"),
     param('{"system": "no question", "output": "A"}', id="an answer without a question"),
-    param('{"instruction": "A", "output": "B", "history": ["A1", "B1"]}', id="a history of texts"),
-    param({"messages": [assistant("opens"), user("Q"), assistant("A")]}, id="an answer opens it"),
-    param({"messages": [user([{"type": "image_url"}]), assistant("A")]}, id="a picture"),
-    param({"messages": [user("Q"), assistant("A"), assistant("twice")]}, id="two answers"),
-    param({"messages": [user("Q"), assistant("all", weight=0)]}, id="all answers weigh nothing"),
-    param({"messages": [user("Q"), assistant(None, tool_calls=[{"id": 1}]),
-                        {"role": "tool", "content": "4"}]}, id="a tool is called"),
+    param('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}, '
+          '{"role": "assistant", "content": "A"}]}', id="a picture"),
+    param('{"messages": [{"role": "user", "content": "Q"}, '
+          '{"role": "assistant", "content": "A", "weight": 0}]}', id="all answers weigh nothing"),
+    param('{"messages": [{"role": "user", "content": "Q"}, '
+          '{"role": "assistant", "content": "One moment", "tool_calls": [{"id": 1}]}]}',
+          id="a tool is called"),
     param('{"prompt": "same", "chosen": "Yes", "rejected": "Yes"}', id="a choice of the same"),
     param('{"prompt": "none rejected", "chosen": "Yes"}', id="nothing rejected"),
 ])
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
-    said = shown("records.jsonl", f"{good}\n{as_json(record)}\n{good}", record)
+    said = shown("records.jsonl", f"{good}\n{record}\n{good}", record)
     assert said.startswith("left out: 1 ") and "records.jsonl:2)" in said
     assert said.count("<|assistant|>[ Ho") == 2
 
@@ -581,25 +544,22 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
 
 @parametrize("name, text, expected, says", [
     param("c4-train.00000-of-01024.json.gz", '{"text": "one"}\n{"text": "two", "url": ""}\n',
-          ["one", "two"], "next", id="C4: JSON lines, packed by gzip"),
+          ["one", "two"], "not used: url, 1 record",
+          id="C4: JSON lines, packed by gzip, with a field not used"),
     param("wiki_00", '\n{"text": "one"}\n{"text": "two"}',
           ["one", "two"], "next", id="WikiExtractor's file: no ending, an empty line first"),
     param("w.txt.bz2", '{"text": "one and two"}\n{"text": " "}\n{"id": 1}\n{"te',
           ["one and two"], "left out: 1 empty document", id="JSON lines in a .txt, cut short"),
     param("stories.txt", "one\n<|endoftext|>\ntwo<|endoftext|>three",
           ["one\n", "two", "three"], "next", id="TinyStories: marks between documents"),
-    param("dos.txt", "\ufeffone\r\ntwo\rthree\n",
-          ["one\ntwo\nthree\n"], "next", id="line ends of Windows and of the old Mac, and a BOM"),
+    param("dos.txt", "\ufeffone\r\ntwo\rthree\x0cfour\n", ["one\ntwo\nthree\n\nfour\n"], "next",
+          id="line ends of Windows and of the old Mac, a form feed and a BOM"),
     param("spaces", "a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado",
           ["a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado"], "next", id="odd spaces stay"),
     param("list.json", r'["one", "two\r\n"]' "\n",
           ["one", "two\n"], "next", id="a list of texts"),
     param("jq.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}\n',
           ["one", "two"], "next", id="records over several lines"),
-    param("data.json", '{"data": [{"text": "one"}, {"text": "two", "url": 1}]}',
-          ["one", "two"], "not used: url, 1 record", id="a list named data, a field not used"),
-    param("feed.txt", "one\x0ctwo\x0c\n",
-          ["one\n\ntwo\n\n\n"], "next", id="form feeds between pages"),
     param("table.csv", 'a,"b"\n',
           ['a,"b"\n'], "table.csv: not JSON, so it is read as it stands", id="a CSV"),
     param("odd.jsonl", "{'text': 'repr'}\n",
@@ -622,17 +582,13 @@ def test_a_file_of_text_becomes_the_documents_that_are_in_it(
     assert says in outcome(f"prepare {name} --vocab_size=300")
     assert documents() == expected
 
-@parametrize("lengths, expected", [
-    param([10] * 93, 840, id="many small documents: between two of them"),
-    param([90] * 11, 900, id="a few: before the last"),
-    param([40, 960], 900, id="a note beside a book: within the book"),
-    param([500, 500], 900, id="two equal books: within the second"),
-    param([1000], 900, id="one document"),
-    param([900, 100], 900, id="two, where it fits"),
-    param([2, 2], 2, id="very little text"),
+@parametrize("ends, expected", [
+    param([*range(10, 931, 10)], 840, id="many small documents: the first end after nine tenths"),
+    param([860, 870, 1000], 870, id="none ends soon after that: the last end before it"),
+    param([40, 1000], 900, id="a note beside a book: within the book"),
+    param([2, 4], 2, id="very little text"),
 ])
-def test_about_a_tenth_is_held_out_whatever_the_documents_are(lengths, expected):
-    ends = [int(end) for end in np.cumsum(lengths)]
+def test_about_a_tenth_is_held_out_whatever_the_documents_are(ends, expected):
     assert prepare.cut_of(ends, ends[-1], 0.1) == expected
 
 def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, monkeypatch):
@@ -662,12 +618,12 @@ def test_printable_takes_from_text_only_what_can_steer_a_terminal():
     for c in "\0\x07\r\x1b\x7f\x9b\ud800\u202e\u2066":
         assert prepare.printable(f"a{c}b") == "a\ufffdb"
 
-def test_the_quota_of_a_container_limits_the_cores(monkeypatch):
+@parametrize("quota, cores", [("150000 100000", 2), ("max 100000", 8), ("1000 100000", 1)])
+def test_the_quota_of_a_container_limits_the_cores(quota, cores, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
-    for quota, cores in [("150000 100000", 2), ("max 100000", 8), ("1000 100000", 1)]:
-        monkeypatch.setattr(Path, "read_text", lambda path: quota)
-        assert prepare.available_cores() == cores
+    monkeypatch.setattr(Path, "read_text", lambda path: quota)
+    assert prepare.available_cores() == cores
 
 # ---------------------------------------------------------------- the programs
 log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
@@ -685,7 +641,7 @@ class Run(NamedTuple):
 RUNS = [
     Run("base", "log", f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 "
                        "--grad_accum=2 --max_steps=100 --eval_every=7",
-        go_on="gpt --resume", signals=["SIGKILL", "SIGTERM", "SIGINT"]),
+        go_on="gpt --resume", signals=["SIGKILL", "SIGTERM"]),
     Run("chat", "log_chat", "sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 "
                             "--log_every=1 --learning_rate=0.01",
         go_on="chat --prompt=hi", signals=["SIGINT"]),
@@ -764,18 +720,19 @@ def test_the_road_from_text_to_answers(made):
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
 
 def test_a_base_model_is_asked_to_begin_a_document(made, monkeypatch):
-    asked = []
-    monkeypatch.setattr(gpt, "sample", lambda logits, ids, *_, **how: asked.extend(ids) or END)
+    sample = Mock(return_value=END)
+    monkeypatch.setattr(gpt, "sample", sample)
     outcome("chat out/base.npz --prompt='the cat'")
+    asked = sample.call_args.args[1]
     assert asked[0] == END and END not in asked[1:]
 
 def test_fine_tuning_takes_the_rows_by_chance_but_never_the_held_out_and_replays(made, monkeypatch):
     answers = ["X" * n for n in range(1, 21)]  # told apart by their lengths
     write("lengths.json", "\n".join(f'{{"prompt": "?", "response": "{a}"}}' for a in answers))
-    given = []
-    monkeypatch.setattr(gpt, "train", lambda *args: given.extend(args) or {"params": None})
+    train = Mock(return_value={"params": None})
+    monkeypatch.setattr(gpt, "train", train)
     outcome("sft lengths.json --init=out/base.npz --batch_size=4")
-    batch_at = given[4]
+    batch_at = train.call_args.args[4]
     lengths = []
     replayed = set()
     for x, y, w in map(batch_at, range(19)):  # 3 of the 19 rows left, and one replayed
@@ -811,22 +768,19 @@ def test_the_last_correction_of_a_question_is_learned(made):
     said = outcome("sft --dpo --init=out/chat.npz --out_dir=corrected --batch_size=4 "
                    "--max_steps=40 --learning_rate=0.006 --eval=pairs.json")
     assert re.search("corrected by you +1 +0.0 -> 100.0", said) and "now 'a hat'" in said
-    assert "is finished" in outcome("sft --dpo --resume --out_dir=corrected")
+    assert "is finished, with 40 steps" in outcome("sft --dpo --resume --out_dir=corrected")
     other = outcome("chat corrected/dpo.npz --prompt='where is the cat?'")
     assert other == "the cat sat on the mat\n"  # one of the pairs that it was fine-tuned on
     said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
     assert said.startswith("nothing keeps the other answers as they are")
 
-@parametrize("where, complains", [
-    param("Où", "", id="UTF-8"),
-    param("O\udcf9", "standard input:3: not all of it is UTF-8\n", id="Latin-1"),
-])
-def test_piped_questions_get_one_line_each(made, where, complains):
-    typed = f"where is the cat?\n{'X' * 96}\n{where}?\nwho ran?\n"
+def test_piped_questions_get_one_line_each(made):
+    typed = f"where is the cat?\n{'X' * 96}\nOù?\nO\udcf9 in Latin-1?\nwho ran?\n"
     answers, errors, status = end(start("chat", PYTHONIOENCODING="utf-8:strict"), typed)
-    assert re.fullmatch("the cat sat on the mat\n\n.*\nthe rat ran\n", answers)
+    assert re.fullmatch("the cat sat on the mat\n\n.*\n.*\nthe rat ran\n", answers)
     assert status == 0
-    assert re.fullmatch(f"error: standard input:2: the question has .*\n{complains}", errors)
+    assert re.fullmatch("error: standard input:2: the question has .*\n"
+                        "standard input:4: not all of it is UTF-8\n", errors)
 
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
     narrow = start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii")
@@ -848,14 +802,10 @@ TYPED = [  # what is typed at the prompt; what is found, by a regular expression
     ("where is\nthe cat?\n", "."),  # pasted: one question
     ("/better on a mat\n", "2 corr.*where is"),
     ("where is\x03", "(?s)^(?!.*sat)"),  # Ctrl-C: no answer
-    ("/prompt x\n", "no command"),
-    ("/ x\n", "no command"),
     ("/checkpoint y\n", "no command"),
     ("X" * 99 + "\n", "has 102 tokens"),
     ("/probs\n", "no answer"),
     ("/better y\n", "should have been"),
-    ("/reset\n", "."),
-    ("who ran?\n", "the rat ran"),
 ]
 
 @only_posix
@@ -881,13 +831,8 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
 def steps_of(checkpoint):
     return gpt.load_checkpoint(checkpoint)[1]["step"]
 
-def assert_same_run(a, b, name, log):
-    """That two folders have the same bits in a finished checkpoint and the same losses in a log."""
-    state, about, *_ = gpt.load_checkpoint(f"{a}/{name}.npz", whole=True)
-    same, also, *_ = gpt.load_checkpoint(f"{b}/{name}.npz", whole=True)
-    np.testing.assert_equal(state, same)
-    assert about["step"] == also["step"] == about["config"]["max_steps"]
-    np.testing.assert_equal(log_of(f"{a}/{log}.csv")[:, :4], log_of(f"{b}/{log}.csv")[:, :4])
+def state_of(checkpoint):
+    return gpt.load_checkpoint(checkpoint, whole=True)[0]
 
 @only_posix
 @parametrize("run", RUNS, ids=[run.name for run in RUNS])
@@ -911,7 +856,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(
     _, errors, status = end(process)
     assert status == 0
     assert errors == "" or run.name == "chat"  # which says there that it goes on
-    assert_same_run(unstopped, "out", run.name, run.log)
+    np.testing.assert_equal(state_of(f"out/{run.name}.npz"),
+                            state_of(unstopped / f"{run.name}.npz"))
+    np.testing.assert_equal(log_of(f"out/{run.log}.csv")[:, :4],  # without the times
+                            log_of(unstopped / f"{run.log}.csv")[:, :4])
     kept = Path(f"out/{run.name}.prev.npz")  # a fresh run keeps the one before it
     assert kept.read_bytes() == (unstopped / f"{run.name}.npz").read_bytes()
 
@@ -928,11 +876,10 @@ def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     assert runs[2]["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
 
 def test_a_run_says_how_the_one_before_it_did(made):
-    train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=again"
-    first, second = outcome(train), outcome(f"{train} --seed=1")
-    assert "of the run before" not in first
-    [lowest] = re.findall(r"lowest validation ([\d.]+) ", first)
-    assert f"; of the run before {lowest} ({Path('again/log.prev.csv')})" in second
+    assert "of the run before" not in made
+    write("again/log.csv", "step,val_loss\n1,\n2,1.5\n3,1.75\n")
+    said = outcome(f"gpt {TINY} --max_steps=1 --out_dir=again")
+    assert f"; of the run before 1.500 ({Path('again/log.prev.csv')})" in said
 
 @only_posix
 def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
@@ -949,20 +896,12 @@ def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
 
 def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, monkeypatch):
     full = OSError(28, "No space left on device", "full/base.npz")
-    save_checkpoint = gpt.save_checkpoint
-    saves = []
-    def save(*args):
-        saves.append(args)
-        if len(saves) == 3:
-            raise full
-        save_checkpoint(*args)
-    def no_room(dir):
-        raise full
     train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=full"
     with monkeypatch.context() as patch:
-        patch.setattr(gpt.tempfile, "TemporaryFile", no_room)
+        patch.setattr(gpt.tempfile, "TemporaryFile", Mock(side_effect=full))
         assert outcome(train) == "error: full/base.npz: No space left on device\n"
-    monkeypatch.setattr(gpt, "save_checkpoint", save)
+    third_fails = Mock(wraps=gpt.save_checkpoint, side_effect=[DEFAULT, DEFAULT, full, DEFAULT])
+    monkeypatch.setattr(gpt, "save_checkpoint", third_fails)
     said = outcome(train)
     assert "full/base.npz: not saved (No space left on device); the next validation tries" in said
     assert steps_of("full/base.npz") == 3
@@ -984,9 +923,8 @@ def test_a_checkpoint_that_is_a_link_stays_one_and_the_file_before_it_is_kept(tm
     assert not (tmp_path / "second_name.npz").is_symlink()
 
 def test_a_drive_without_locks_trains_with_a_warning(tmp_path, monkeypatch, capsys):
-    def connect(*args, **how):
-        raise prepare.sqlite3.OperationalError("locking protocol")
-    monkeypatch.setattr(prepare.sqlite3, "connect", connect)
+    no_locks = prepare.sqlite3.OperationalError("locking protocol")
+    monkeypatch.setattr(prepare.sqlite3, "connect", Mock(side_effect=no_locks))
     with prepare.only_writer(tmp_path):
         assert "no locks on this drive" in capsys.readouterr().out
 
@@ -996,13 +934,13 @@ def test_a_narrow_terminal_keeps_one_line_of_progress(monkeypatch, capsys):
     prepare.show_progress("x" * 99)
     assert len(capsys.readouterr().out) < 50 + len("\r\033[K")
 
-@parametrize("order", [
-    param(lambda n: n < 500, id="one language after the other"),
-    param(lambda n: n % 2, id="two languages in turn"),
+@parametrize("texts", [
+    param(["one two"] * 500 + ["eins zwei"] * 500, id="one language after the other"),
+    param(["one two", "eins zwei"] * 500, id="two languages in turn"),
 ])
-def test_the_tokenizer_learns_from_everywhere_in_a_long_text(order, monkeypatch):
+def test_the_tokenizer_learns_from_everywhere_in_a_long_text(texts, monkeypatch):
     monkeypatch.setattr(prepare, "ENOUGH", 100)
-    lines = [json.dumps(["one two" if order(n) else "eins zwei", True]) for n in range(1000)]
+    lines = [json.dumps([text, True]) for text in texts]
     words = prepare.frequent_words(lines, 9000, 300)
     # 100 of 9,000 bytes: about 11 of the 1,000 lines
     assert 4 < words[" two"] < 8 and 4 < words[" zwei"] < 8
@@ -1025,16 +963,13 @@ def test_questions_of_ones_own_stay(tmp_path, monkeypatch):
     assert "qa.jsonl: not made by prepare.py, so it stays" in outcome("prepare text.txt")
     assert sorted(path.name for path in Path("data").glob("qa*")) == ["qa.jsonl"]
 
-def test_a_correction_whose_conversation_is_too_long_stands_alone(tmp_path):
+@parametrize("context, n_messages", [(99, 4), (30, 2)])
+def test_a_correction_whose_conversation_is_too_long_stands_alone(context, n_messages, tmp_path):
     path = tmp_path / "feedback.jsonl"
     asked = [user("the cat " * 9), assistant("a mat"), user("who ran?")]
     write(path, json.dumps({"prompt": asked, "chosen": "a rat", "rejected": "no"}))
-    lengths = []
-    for context in (99, 30):
-        [example] = sft.corrections_in(path, TOKENIZER, context)
-        lengths.append(len(example.chosen))
-        assert example.chosen[-1].text == "a rat"
-    assert lengths == [4, 2]
+    [example] = sft.corrections_in(path, TOKENIZER, context)
+    assert len(example.chosen) == n_messages and example.chosen[-1].text == "a rat"
 
 def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(
         made, tmp_path):
@@ -1055,7 +990,6 @@ def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_val
     done = steps_of("timed/base.npz")
     assert done == int(steps[-1]) >= 3
     assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
-    assert f"is finished, with {done} steps" in outcome("gpt --resume --out_dir=timed")
     outcome("gpt --resume --out_dir=timed --minutes=0.01")
     assert steps_of("timed/base.npz") > done
     cfg = gpt.Config(minutes=1, max_steps=100)  # a step a second; ten seconds are left
@@ -1086,29 +1020,30 @@ def not_for_metal(text):
             found.append(line)
     return found
 
-@parametrize("platform, programs", [("METAL", 3), ("cuda", 1), ("tpu", 1)])
+@parametrize("platforms", [("METAL",), ("cuda", "tpu")])
 def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
-        made, platform, programs, monkeypatch):
+        made, platforms, monkeypatch):
+    """Nothing is compiled or computed here: all results are ones."""
     real_jit = jax.jit
     texts = {}  # as XLA is given it: with the run's arguments, where they are
     def jit(f, **options):
-        compiled = real_jit(f, **options)
+        jitted = real_jit(f, **options)
         def call(*args):
-            key = compiled, str(tree.map(np.shape, args))
+            traced = jitted.trace(*args)
+            key = jitted, str(tree.map(np.shape, args))
             if key not in texts:
-                texts[key] = compiled.trace(*args).lower(lowering_platforms=(platform,)).as_text()
-            return compiled(*args)
+                texts[key] = traced.lower(lowering_platforms=platforms).as_text()
+            return tree.map(lambda a: np.ones(a.shape, a.dtype), traced.out_info)
         return call
     monkeypatch.setattr(jax, "jit", jit)
     monkeypatch.setattr(gpt, "QUERIES", 30)
-    monkeypatch.setattr(gpt, "on_metal", lambda: platform == "METAL")
-    runs = [f"gpt {TINY} --grad_accum=2 --dtype=bfloat16 --dropout=0.1",
-            "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"]
-    for run in runs[:programs]:
+    monkeypatch.setattr(gpt, "on_metal", lambda: "METAL" in platforms)
+    for run in (f"gpt {TINY} --grad_accum=2 --dtype=bfloat16 --dropout=0.1",
+                "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"):
         said = outcome(f"{run} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
     unsafe = " ".join(line for text in texts.values() for line in not_for_metal(text))
-    if platform == "METAL":
+    if "METAL" in platforms:
         assert unsafe == "" and len(texts) > 10
         # In the run with dropout: its gradient, and twice that of the check.
         assert sum(RANDOM.search(text) is not None for text in texts.values()) == 3
@@ -1118,20 +1053,20 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
     assert not_for_metal("%0 = chlo.square %x")
     assert not_for_metal("%1 = stablehlo.broadcast_in_dim %x\n%2 = stablehlo.transpose %1, dims")
 
-@parametrize("part, factor, problem", [
-    param(None, 1, "", id="it agrees"),
-    param(None, -1, "gradients", id="another sign"),
-    param(None, "", "Error", id="it cannot run"),  # nor can "" be multiplied
-    param(None, np.nan, "gradients", id="NaN"),
-    param(1 << 16, -1, "gradients", id="another sign in attn, the first numbers"),
+right_gradient = cache(gpt.small_gradient)
+
+@parametrize("factor, problem", [
+    param(1, "", id="it agrees"),
+    param(-1, "gradients", id="another sign"),
+    param("", "Error", id="it cannot run"),  # nor can "" be multiplied
+    param(np.nan, "gradients", id="NaN"),
 ])
 def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
-        part, factor, problem, monkeypatch, capsys):
+        factor, problem, monkeypatch, capsys):
     cpu, gpu, *_ = jax.devices("cpu")
-    right = gpt.small_gradient
     def small_gradient(where, dropout):
-        gradient = right(where, dropout)
-        gradient[:part] *= factor if where == gpu else 1
+        gradient = right_gradient(where, dropout).copy()
+        gradient[:1 << 16] *= factor if where == gpu else 1  # only attn's, the first numbers
         return gradient
     monkeypatch.setattr(gpt, "on_metal", lambda: gpt.device() == gpu)
     monkeypatch.setattr(gpt, "small_gradient", small_gradient)
@@ -1164,8 +1099,8 @@ BAD_FILES = {
     "pdf": "%PDF-1.7\n", "rtf": "{\\rtf1", "html": "\n<!-- x --><!DOCTYPE html>", "docx": "PK\3\4",
     "table.parquet": "PAR1", "x.xz": "\udcfd7zXZ", "x.zst": "\x28\udcb5\x2f\udcfd",
     "code/a.py": "pass", "pairs.json": '{"prompt": "a", "response": "b"}', "empty": "",
-    "binary": "a\0b", "utf16": "\udcff\udcfeh\0i\0", "short": "a", "latin": LATIN,
-    "cut.npz": "PK\3\4\0\0\0\0", "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"',
+    "binary": "a\0b", "short": "a", "latin": LATIN,
+    "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"',
     "odd/train.bin": "abc" * 99, "odd/tokenizer.json": TOKENIZER.to_json(),
     "foreign/tokenizer.json": "{}"}
 NO_UTF8 = "not UTF-8; .* iconv .* UTF-16"
@@ -1179,9 +1114,7 @@ REFUSED = [  # a command; its error, by a regular expression
     ("prepare short", "too little text: 2 tokens"),
     ("prepare cut", "cut:1: damaged"),
     ("prepare pdf", "pdf: a PDF, not text; try: pdftotext"),
-    ("sft pdf", "pdf: a PDF, not text; try: pdftotext"),
     ("prepare rtf", "RTF, not text; try: pandoc"),
-    ("prepare html", "HTML, not text; try: pandoc"),
     ("sft html", "HTML, not text; try: pandoc"),
     ("prepare docx", "a zip archive, as .docx and .epub"),
     ("prepare table.parquet", "parquet, not text; .*read_parquet"),
@@ -1190,10 +1123,8 @@ REFUSED = [  # a command; its error, by a regular expression
     ("prepare code", "a folder without text files.*: code/[*]"),
     ("prepare pairs.json", "too little text: 0 tokens; left out: .*sft.py.*pairs.json:1"),
     ("prepare binary", f"binary: {NO_UTF8}"),
-    ("prepare utf16", f"utf16: {NO_UTF8}"),
     ("prepare latin", f"latin: {NO_UTF8}"),
     ("sft empty", f"empty: {NO_QUESTION}"),
-    ("sft short", f"short: {NO_QUESTION}"),
     ("sft text.jsonl --dpo", f"text.jsonl: {NO_QUESTION}"),
     ("sft cut.json", "cut.json: no q.* not JSON"),
     ("gpt --data_dir=odd", "odd.train.bin: damaged"),
@@ -1201,7 +1132,6 @@ REFUSED = [  # a command; its error, by a regular expression
     ("gpt --init=text.jsonl", f"text.jsonl: {NO_CHECKPOINT}"),
     ("gpt --resume --out_dir=nowhere", f"base.npz: {NO_CHECKPOINT}"),
     ("chat none.npz", f"none.npz: {NO_CHECKPOINT}"),
-    ("chat cut.npz", f"cut.npz: {NO_CHECKPOINT}"),
     # Settings
     ("prepare text.jsonl --vocab_size=3", "--vocab_size 3: must be from 259 to 65536"),
     ("gpt --learning_rate=nan", "--learning_rate nan: must be from 0 to 1"),
@@ -1249,31 +1179,35 @@ def test_a_process_that_cannot_train_ends_in_one_line_and_changes_nothing(
     assert content_of_all_files() == before
 
 def test_two_processes_train_as_one_and_fall_together(made):
-    """With split parameters; when one is killed the other ends, and both go on to the same bits."""
-    train = f"gpt {TINY} --max_steps=40 --eval_every=5 --learning_rate=4e-4 --dtype=float32"
-    def start_both(flags):
+    """With split parameters; when one is killed the other ends, and both go on as one process."""
+    train = f"gpt {TINY} --max_steps=12 --eval_every=4 --learning_rate=4e-4 --dtype=float32"
+    one_device_each = ("--xla_force_host_platform_device_count=1"
+                       " --xla_backend_optimization_level=0")  # compiled in half the time
+    def start_both(flags=""):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         join = f"--shard_params --coordinator=127.0.0.1:{port} --num_processes=2 --process_id="
-        one_device = "--xla_force_host_platform_device_count=1"
-        return [start(f"{train} {flags} {join}{i}", XLA_FLAGS=one_device) for i in "01"]
-    outcome(f"{train} --out_dir=one")
-    first, second = start_both("--out_dir=halves")
+        run = f"{train} --out_dir=halves {flags} {join}"
+        return [start(f"{run}{i}", XLA_FLAGS=one_device_each) for i in "01"]
+    first, second = start_both()
     assert any(line.startswith("step") for line in first.stdout)  # it has saved
     second.kill()
     if jax.__version_info__ <= (0, 5, 0):  # these do not notice, and can hang
         first.kill()
     assert end(first)[2] and end(second)[2]
-    for flags in ("--out_dir=two", "--out_dir=halves --resume"):
-        assert [end(process)[2] for process in start_both(flags)] == [0, 0]
-    assert_same_run("two", "halves", "base", "log")
-    assert log_of("one/log.csv")[:, 1] == approx(log_of("two/log.csv")[:, 1], abs=1e-4)
+    assert [end(process)[2] for process in start_both("--resume")] == [0, 0]
+    outcome(f"{train} --out_dir=one")
+    losses, same = log_of("halves/log.csv")[:, :3], log_of("one/log.csv")[:, :3]
+    np.testing.assert_allclose(losses, same, atol=1e-4)
+    assert_close(state_of("halves/base.npz"), state_of("one/base.npz"), 1e-3)
 
-def test_the_built_in_questions_never_tell_what_is_tested():
+def test_the_built_in_questions_never_tell_what_is_tested(monkeypatch):
     full, train, test = built_in_corpus(0)
     without_b, same, _ = built_in_corpus(0, tell_b=False)
-    assert same == train != built_in_corpus(1)[1]
+    assert same == train
     assert len(without_b) < len(full)
+    monkeypatch.setattr(world, "conversation", lambda pools: None)  # they take the time
+    assert built_in_corpus(1)[0] != full
     told = {message["content"] for record in train for message in record["messages"]}
     for record in test:
         assert not record["set"].startswith("B") or record["response"] not in told
