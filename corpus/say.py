@@ -91,11 +91,11 @@ def ask(x, a, use="question", slips=0.0):
     if rng.random() < slips:
         question = slip(question)  # not in the name: that would blur what is unknown
     question = fill(question, as_typed(x))
-    if rng.random() < 0.3:
+    if rng.random() < 0.35:
         question = f"{wording('prefix')} {question[0].lower()}{question[1:]}"
     if rng.random() < 0.25:
         question = question.rstrip(".?") or question  # "???" is one too
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         question = f"{question} {wording('suffix')}"
     return careless(question)
 

@@ -20,8 +20,8 @@ SHARES = {  # of the questions to train on
     "U, mentioned": 1,  # the capital of Bavaria, which documents name, but tell nothing about
     "U, nowhere, real": 3.5,  # the capital of Texas; in training one document says: not known
     "U, nowhere, made up": 1.5,  # the capital of Tovania; of others documents say: not known
-    "U, cannot have": 3,  # the capital of gold
-    "U, other matters": 12,  # the king of Peru; Who wrote Hamlet?
+    "U, cannot have": 3.5,  # the capital of gold
+    "U, other matters": 14,  # the king of Peru; Who wrote Hamlet?
 }
 
 def subjects_of(row):
@@ -113,7 +113,7 @@ def conversation(pools):
     messages, length = [], 0
     while True:
         x, a, use = next_question(x, a, pools)
-        question = ask(x, a, use, slips=0.45)
+        question = ask(x, a, use, slips=0.35)
         said = answer(x, a)
         length += len(question) + len(said)
         if messages and length > LONGEST:
