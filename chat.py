@@ -113,8 +113,8 @@ def typed():
 
 def converse(reply, cfg, path):
     """At a terminal: questions, commands, and settings with their new value."""
-    messages = []  # the conversation, without an answer that was stopped
-    shown = []  # the same, with what was last shown: that is what /better corrects
+    messages = []  # the conversation, without an answer that was stopped by Ctrl-C
+    shown = []  # the same, with what was last shown, if only half: that is what /better corrects
     seen = []  # how sure it was of each token of that
     for line in typed():
         command, _, value = line.partition(" ")

@@ -185,8 +185,9 @@ QUERIES = 128
 
 def causal_heads(q, k, v):
     """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D).
-    128 queries at a time, with the keys up to the last of them: half the work where T is large.
-    With jax.checkpoint jax.grad computes the attention weights again instead of keeping them."""
+    At the default context this is heads(q, k, v, np.tri(T)). For long ones it is done 128 queries
+    at a time, with the keys up to the last of them, which is half the work; and with jax.checkpoint
+    jax.grad computes the attention weights again instead of keeping them."""
     T = q.shape[1]
     # XLA must not merge the second computation with the first; Metal lacks the barrier for that.
     some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())
@@ -202,16 +203,16 @@ def attention(x, wqkv, wo, position, cache, cfg):
     B, T, C = x.shape
     q, k, v = jnp.split(matmul(x, wqkv, cfg), 3, axis=-1)
     q, k, v = (z.reshape(B, T, cfg.n_head, -1).transpose(0, 2, 1, 3) for z in (q, k, v))
-    # Queries and keys of one length learn faster (arXiv 2010.04245). With a gain of 1.2 scores go up
-    # to 1.44 sqrt(D), enough to look at one token alone.
+    # Queries and keys of one length learn faster (arXiv 2010.04245). With a gain of 1.2 scores go
+    # up to 1.44 sqrt(D), enough to look at one token alone.
     q = norm(rotate(q, position, cfg), 1.2)  # (B, H, T, D), as k and v
     k = norm(rotate(k, position, cfg), 1.2)
-    if cache is None:
+    if cache is None:  # in training; and in generation at first, for whole prompts
         y = jax.vmap(causal_heads)(q, k, v)
     else:
-        # One new token a sequence. The cache has a slot for each of the S = block_size positions;
-        # generate() fills all of them at first, with the prompt and padding. Key and value of the
-        # token go into its own slot, and it sees those up to there.
+        # Then one new token a sequence. The cache has a slot for each of the S = block_size
+        # positions; the first pass has filled all of them, with the prompt and padding. Key and
+        # value of the token go into its own slot, and it sees those up to there.
         slots = np.arange(cfg.block_size)[None]
         here = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
         k = jnp.where(here, k, cache[0])
@@ -276,6 +277,7 @@ def rounded_forward(x, w, axis):
     return rounded(x, w, (-1, axis)), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
 
 def rounded_backward(axis, saved, dy):
+    # With axis=0: dx = dy w^T, dw = x^T dy; with axis=1: dx = dy w, dw = dy^T x.
     x, w = saved
     leading = list(range(x.ndim - 1))  # all axes but the last: the gradient of w is a sum over them
     a, b = (x, dy) if axis == 0 else (dy, x)
@@ -344,14 +346,15 @@ def put(array, placement):
     return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
 
 def make_step(objective, batch_at, cfg, placed):
-    """-> step(state, number, rate), the number-th step (from 0) -> (state, loss). The old state's
-    memory is donated to the new one where the platform can do that.
-    objective(params, batch, key) -> (sum, count) of a micro-batch; batch_at(n) gives the n-th of
-    the run; placed: where the state lives. Micro-batches are added up, then divided once."""
+    """A function step(state, number, rate), which does the number-th step (from 0) and returns the
+    new state and the loss. objective(params, batch, key) gives (sum, count) of a micro-batch,
+    batch_at(n) the n-th micro-batch of the run; placed: where the state lives. Micro-batches are
+    added up, then divided once. The old state's memory is donated to the new one where the platform
+    can do that."""
     whole, split = placements(cfg.batch_size)
-    # It returns ((sum, count), gradients).
-    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True),
-                       out_shardings=((whole, whole), placed["params"]))
+    gradient = jax.jit(
+        jax.value_and_grad(objective, has_aux=True),
+        out_shardings=((whole, whole), placed["params"]))  # as it returns ((sum, count), gradients)
 
     @partial(jax.jit, out_shardings=(placed, whole), donate_argnums=() if on_metal() else 0)
     def update(state, sums, t, rate):
@@ -388,10 +391,10 @@ def load_tokens(path, tokenizer, at_least):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins at a place that is drawn; but if its document
-    begins less than T / 2 before that, it begins there, with the <|end|> in front:
+    that a resumed run sees the same. A row begins at a place that is drawn; but if an <|end|>
+    stands less than T / 2 before that, it begins with this:
 
-        ids   ... y z <|end|> a b c d e f g h i j ...      T = 8, drawn: d
+        ids   ... y z <|end|> a b c d e f g h i j ...      T = 8, drawn: c
         x             <|end|> a b c d e f g
         y                     a b c d e f g h
 
@@ -412,7 +415,7 @@ def random_batch(ids, n, T, seed, number):
     return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
 
 def make_validation(ids, tokenizer, cfg):
-    """-> a function of the parameters: (nats a token, bits a byte) over the first 65,536 ids."""
+    """-> a function of the parameters: (nats a token, bits a byte) over 65,536 targets at most."""
     ids = np.array(ids[:65537], np.int32)
     n_tokens = len(ids) - 1
     n_bytes = sum(len(tokenizer.bytes[id]) for id in ids[1:])  # <|end|> has none
@@ -423,12 +426,12 @@ def make_validation(ids, tokenizer, cfg):
     y = np.resize(ids[1:], shape)
     w = np.float32(np.arange(x.size) < n_tokens).reshape(shape)
     whole, split = placements(cfg.batch_size)
-    sums = jax.jit(partial(loss, key=None, cfg=cfg), out_shardings=whole)
+    loss_of = jax.jit(partial(loss, key=None, cfg=cfg), out_shardings=whole)
 
     def validate(params):
         nats = 0
         for batch in zip(x, y, w):
-            total, _ = sums(params, [put(a, split) for a in batch])
+            total, _ = loss_of(params, [put(a, split) for a in batch])
             nats += float(total)
         return nats / n_tokens, nats / math.log(2) / max(1, n_bytes)
 
@@ -465,9 +468,9 @@ def make_generator(cfg):
         and the new cache. tokens: that last one alone (B, 1) or, without a cache, whole rows,
         padded (B, T)."""
         x, new_cache = forward(params, tokens, cfg, position=position, cache=cache)
-        if cache is None:  # x[row, position], as Metal can
+        if cache is None:  # all but the last token of each row becomes 0, as Metal can do it
             x = x * jax.nn.one_hot(position[:, 0], T)[..., None]
-        return logits_of(params, x.sum(1), cfg), new_cache
+        return logits_of(params, x.sum(1), cfg), new_cache  # the sum over T, or over the one token
 
     def generate(params, prompts, max_new_tokens, rng, **how):
         # Each host generates for itself, on its own devices.
@@ -483,7 +486,8 @@ def make_generator(cfg):
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
             position = [[len(row) - 1] for row in rows]
             if cache is None:
-                # A row does not look at the slots of its padding before its own tokens fill them.
+                # The slots of the padding come after a row's last token, so it does not see them
+                # before its own new tokens have filled them.
                 tokens = [row + [END] * (T - len(row)) for row in rows]
             else:
                 tokens = [row[-1:] for row in rows]
@@ -563,9 +567,9 @@ MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "ou
               "shard_params", "coordinator", "num_processes", "process_id", "eval"}
 
 def inherit(cfg, given, about, path):
-    """cfg with the settings of the checkpoint at path: those of the model or, on --resume, all but
-    those that are given anew and may be. given: names of the flags on the command line; one that
-    may not change and says otherwise than the checkpoint is refused."""
+    """cfg with settings of the checkpoint at path. Those of the model it decides, on --resume all
+    but the flags of MAY_CHANGE that are typed now. given: names of the flags that are typed; one
+    that the checkpoint decides and that says otherwise is refused."""
     saved = about["config"]
     inherited = MODEL
     if cfg.resume:
@@ -713,7 +717,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
     with only_writer(path.parent) if writes() else nullcontext(), wishes_to_stop() as wishes:
         saved = save(cfg, path, state, about, about["best"], must_succeed=True,
-                     keep=not cfg.resume)
+                     keep=not cfg.resume)  # at once, so that a full disk is noticed now
         begin_files(path, about, fresh=not cfg.resume)
         last = False
         while not last:
@@ -724,7 +728,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             ticks.append(time.perf_counter())
             about.update(step=done, seconds=ticks[-1] - began)
             if cfg.minutes and (len(ticks) == 4 or len(ticks) % 10 == 0):
-                cfg = steps_in_time(cfg, done, ticks)
+                cfg = steps_in_time(cfg, done, ticks)  # only the rate and the end depend on it
 
             stopped = of_all(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps

@@ -25,13 +25,14 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]
 END, USER, ASSISTANT = range(3)
 FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges as they were learned
 
-# GPT-4's way of splitting text into words; merges never cross a word: "It's 12345 naïve!" becomes
-# "It", "'s", " ", "123", "45", " naïve", "!". A combining mark (an accent,
-# a vowel sign) stays with its letter. A word has at most 255 letters, or a megabyte of one letter
+# Skip this at first. GPT-4's way of splitting text into words; merges never cross a word. "It's
+# 12345 naïve!" becomes "It", "'s", " ", "123", "45", " naïve", "!". A combining mark (an accent, a
+# vowel sign) stays with its letter. A word has at most 255 letters, or a megabyte of one letter
 # would take quadratic time; in scripts without spaces at most 4, or nearly all words would differ.
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-LETTERS = rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}|(?:[^\W\d_]|[{MARK}]){{1,255}}"
+LETTERS = (rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}"  # up to 4 of such a script
+           rf"|(?:[^\W\d_]|[{MARK}]){{1,255}}")  # or letters of another one
 WORD = re.compile(
     r"'(?:[sdmt]|ll|ve|re)"  # it['s]
     rf"|[^\r\n\w]?(?:{LETTERS})"  # a word and the space or the sign before it
@@ -48,13 +49,13 @@ def train_bpe(words, vocab_size):
             find the pair that is there most often, of equals the smallest; if only once, stop
             let a new id stand for it in all words
 
-    To count all pairs each time would be slow. Counts only sink; so a count of before is a bound,
-    and a queue has the pairs by theirs. The first is counted again: it goes back if that is less,
-    else it is the most frequent."""
+    To count all pairs each time would be slow. Counts only sink, so a count of before is a bound
+    for that of now. A queue has the pairs in the order of their bounds. Its first pair is counted
+    again: if that is less than its bound it goes back, else no other can have more."""
     unmerged = Tokenizer([])
     uses = Counter()  # of each word, in which chr(id) stands for an id
     where = defaultdict(set)  # pair -> words with it, also such as have changed since
-    queue = []  # (-bound, pair): heapq has the smallest first
+    queue = []  # (-bound, pair): heapq has the smallest first; -inf: not counted yet
 
     def add(word, n):
         uses[word] += n
@@ -320,8 +321,8 @@ def read_documents(files):
                     else:
                         count("empty documents", source)
                     document = ""
-                # Not if only blanks are left: a piece of nothing but the blank end of a document
-                # would be taken for an empty one, and its end be lost.
+                # Not if only blanks are left: alone in the last piece, they would be counted as an
+                # empty document, and the end of this one be lost.
                 if len(document) > PIECE and rest.strip():
                     yield document, False
                     document = ""
@@ -349,9 +350,9 @@ def frequent_words(lines, n_bytes, vocab_size):
 def cut_of(ends, size, val_fraction):
     """Where validation begins: where a document ends, if one does near there; else within one."""
     wanted = int(size * (1 - val_fraction))
-    cut = next(end for end in ends if end >= wanted)
-    if cut - wanted > size * val_fraction / 2:
-        cut = wanted
+    near = [end for end in ends if abs(end - wanted) <= size * val_fraction / 2]
+    after = [end for end in near if end >= wanted]
+    cut = (after[:1] or near[-1:] or [wanted])[0]  # the first after it, or the last before it
     return min(max(2, cut), size - 2)
 
 def spool(pieces, file):
@@ -381,7 +382,7 @@ def write_ids(lines, tokenizer, file):
     return ends
 
 def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
-    """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is written.
+    """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is encoded.
     Without a tokenizer one is learned from the text, which is kept in a file until then."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryFile(dir=out_dir) as lines,
@@ -397,7 +398,7 @@ def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
         if size < 4:
             raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
         cut = cut_of(ends, size, val_fraction)
-        train.seek(2 * cut)
+        train.seek(2 * cut)  # train.bin has all of it, and now its end moves to val.bin
         with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as file:
             shutil.copyfileobj(train, val)
             file.write(tokenizer.to_json().encode())

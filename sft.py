@@ -8,7 +8,7 @@
     python sft.py mine.jsonl --dpo       # the same, and these answers are to stay as they are
 
 Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where only tokens
-of answers have weight. Reading order: records, rows, answers, preferences, main."""
+of answers have weight. Reading order: Message, Example, then from "rows" on; records at the end."""
 import difflib, json, re, zlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from prepare import plain, printable, read_flags, read_json, read_lines, report,
 from prepare import show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
+# Skip the functions of this section at first: read_examples gives a list of Example.
 class Message(NamedTuple):
     """What one side says. A dialogue is a list of them: user, assistant, user, assistant."""
     role: str
@@ -131,7 +132,7 @@ def example_of(record, kind, source):
     unused = record.keys() - OURS
     dialogues = []
     for answer_fields in kind:
-        rest = dict(record)
+        rest = dict(record)  # what no turn is taken out of is left in it
         dialogue = dialogue_of(take_turns(rest, answer_fields), source)
         unused &= rest.keys()
         if kind is PREFERENCE:
@@ -164,12 +165,12 @@ def built_in(cfg):
     return [read_examples([*folder.glob(name)]) for name in ("qa.jsonl", "qa_test.jsonl")]
 
 # ---------------------------------------------------------------- rows: what a step is trained on
-LETTERS = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have spaces between words
+A_WORD = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have spaces between words
 
 def words_in(parts, tokenizer):
     """Arrays of ids -> {word in small letters: how often it is there}."""
     texts = (tokenizer.decode(ids.tolist()).lower() for ids in parts)
-    return Counter(word for text in texts for word in re.findall(LETTERS, text))
+    return Counter(word for text in texts for word in re.findall(A_WORD, text))
 
 def as_read(question, words):
     """A question as the model is given it: all in capitals, in small letters, for hardly any text
@@ -187,14 +188,15 @@ def as_read(question, words):
         if len(typed) < 4 or typed.lower() in words:
             return typed
         frequent = [word for word, n in words.items() if n >= 20]
-        # Words of n letters that differ by one slip are alike to 1 - 1/n. Short ones must be closer
-        # (one letter more or less), or "York" would be read as "work".
+        # difflib's measure is the part of the letters that two words have in common: 1 - 1/n for
+        # words of n letters that differ by one slip. Short ones must have more in common, as with
+        # one letter too many, or "York" would be read as "work".
         alike = max(0.83, 1 - 1.01 / len(typed))
         near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)
         word = max(near, key=words.get, default=typed)
         return word.capitalize() if typed.istitle() else word
 
-    return re.sub(LETTERS, meant, question) if words else question
+    return re.sub(A_WORD, meant, question) if words else question
 
 def render(messages, tokenizer):
     """Messages -> (ids, which of them are trained):
@@ -206,8 +208,10 @@ def render(messages, tokenizer):
     first word is the same token as within a text. With a question last: the prompt of chat.py."""
     ids, trained = [], []
     for role, text, is_trained in messages:
-        words = tokenizer.encode(f" {as_read(text, tokenizer.words) if role == 'user' else text}")
-        ids += [*words, END] if role == "assistant" else [USER, *words, ASSISTANT]
+        if role == "user":
+            ids += [USER, *tokenizer.encode(f" {as_read(text, tokenizer.words)}"), ASSISTANT]
+        else:
+            ids += [*tokenizer.encode(f" {text}"), END]
         trained += [is_trained] * (len(ids) - len(trained))
     return ids, trained
 
@@ -245,8 +249,8 @@ def show(rows, tokenizer):
         n = len(np.trim_zeros(x))  # without the padding
         text = SPECIAL[USER]  # the first x; the others are targets too
         for trained, places in groupby(range(n), w.item):
-            words = tokenizer.decode(y[i] for i in places)
-            text += f"[{words}]" if trained else words
+            part = tokenizer.decode(y[i] for i in places)
+            text += f"[{part}]" if trained else part
         say(printable(text))
 
 # ---------------------------------------------------------------- answers and their marks
@@ -308,11 +312,12 @@ def dpo_loss(params, batch, key, cfg):
     per_token = logp / jnp.maximum(1, w.sum(-1))
     chosen, rejected = (cfg.beta * (logp[:n] - reference)).reshape(-1, 2).T  # (n / 2,) each
     margin = chosen - rejected
-    # -log sigmoid(margin) = log(1 + exp(-margin)), so that it cannot overflow, as Metal can.
+    # -log sigmoid(margin) = log(1 + exp(-margin)), with exp(-top) taken out so that no exp can
+    # overflow; Metal has no softplus.
     top = jnp.maximum(0, -margin)
     preference = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
     imitation = -per_token[:n].reshape(-1, 2)[:, 0]
-    replay = -per_token[n:].mean() if n < len(x) else 0
+    replay = -per_token[n:].mean() if n < len(x) else 0  # one number, the same for each pair
     return (preference + imitation + replay).sum(), jnp.float32(n // 2)
 
 def corrections_in(path, tokenizer, T):
@@ -339,7 +344,8 @@ def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all; half the time in other words, then
     without what was said before (reworded)."""
     examples = []
-    times = 1 + n_others // (1 + 4 * len(corrections))  # 1 +, for there may be no correction
+    # A fifth: each n_others / (4 len(corrections)) times, at least once; 1 + in case there is none.
+    times = 1 + n_others // (1 + 4 * len(corrections))
     for example in corrections * times:
         question, answer = example.chosen[-2:]
         asked = Message("user", reworded(question.text, answer.text))
@@ -353,7 +359,7 @@ def preferences_of(examples, ask=None):
     chosen; what the model says itself, by ask(examples, temperature), is rejected if it differs:
     made up, or "I do not know that." of what it was told. If there is nothing to reject, the
     rejected one has no trained token, so its log-probability counts as 0 before and after: the
-    example only holds the chosen one in place."""
+    example only holds the chosen one in place. That is so for all of them without ask."""
     known, unknown = [], []
     for example in examples:
         question, answer = example.chosen[:2]
@@ -362,11 +368,14 @@ def preferences_of(examples, ask=None):
             alike.append(replace(example, dialogues=[[question, answer]]))
     kept = known[:1300] + unknown[:1050]  # what fits into a minute, about as often as in training
     said = ask(kept, 1.2) if ask else [""] * len(kept)
+
+    preferences = []
     for example, own in zip(kept, said):
         question, answer = example.chosen
         rejected = Message("assistant", own, own not in ("", answer.text))
-        example.dialogues.append([question, rejected])
-    return kept
+        dialogues = [example.chosen, [question, rejected]]
+        preferences.append(replace(example, dialogues=dialogues))
+    return preferences
 
 def answers_to_keep(cfg, about, pairs):
     """Questions whose answers DPO is to leave as they are -> (examples to train on, others for the
@@ -418,7 +427,8 @@ class Config(gpt.Config):
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 0 [with --dpo: 3e-4]")
 
 def make_if_missing(path):
-    """Have a default input made, or finished, by the script that writes it."""
+    """Have a default input made, or finished, by the script that writes it: chat.npz by main, which
+    asks here for base.npz, and that is made by gpt.main."""
     base = path.with_name("base.npz")
     script = gpt.main if path == base else main
     if not path.exists():
@@ -467,8 +477,8 @@ def with_fixed_rows(loss, text, cfg):
     return objective
 
 def learn_words(about, tokenizer, text, rows):
-    """Note the words of the text and of the rows' questions, for as_read. Without the text nothing
-    is noted: it has words that no question has."""
+    """Note the words of the text and of the rows, for as_read. Without the text nothing is noted:
+    it has words that no row has."""
     if len(text):
         step = max(1024, len(text) // 4096)  # of a long text 4 M tokens, from everywhere in it
         parts = [text[start:start + 1024] for start in range(0, len(text), step)]
@@ -489,7 +499,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     objective = with_fixed_rows(dpo_loss if before else gpt.loss, text, cfg)
     reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
 
-    def batch_of(some):
+    def batch_of(some):  # (m, n, 3, T) -> x, y, w, each (m n, T)
         x, y, w = some.reshape(-1, 3, cfg.block_size).swapaxes(0, 1)
         batch = [np.int32(x), np.int32(y), np.float32(w)]
         return [*batch, reference_log_probs(before, *batch)] if before else batch

@@ -38,7 +38,8 @@ B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one a
 # Each layer of one sequence x (T, C) returns its output y and the way back: a function of dy, the
 # gradient with respect to y, that gives dx and the gradient of the parameters.
 def twin_norm(x, gain=1.0):
-    """y = x r gain with r = mean(x^2)^(-1/2), so dr = -r^3 x dx / C."""
+    """y = x r gain with r = mean(x^2)^(-1/2), so dr = -r^3 x dx / C, and for dh = dy gain the way
+    back is r dh - x r^3 mean(x dh). The gradient of the gain is that of x (T, C)."""
     r = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     def back(dy):
         dh = dy * gain
@@ -63,7 +64,8 @@ def twin_attention(x, wqkv, wo):
     scores = q @ k.swapaxes(1, 2) / np.sqrt(D)
     a = twin_softmax(np.where(np.tri(len(x)) > 0, scores, -np.inf))
     o = (a @ v).swapaxes(0, 1).reshape(-1, H * D)
-    def back(dy):
+
+    def back(dy):  # ds is through the softmax: from da to a (da - sum of a da)
         do = (dy @ wo.T).reshape(-1, H, D).swapaxes(0, 1)
         da, dv = do @ v.swapaxes(1, 2), a.swapaxes(1, 2) @ do
         ds = a * (da - (a * da).sum(-1, keepdims=True)) / np.sqrt(D)
@@ -91,16 +93,16 @@ def twin(params, x, y, w):
             h, passed = h + change, [*passed, (gp, gain, name, norm_back, back)]
     n, norm_back = twin_norm(h, params["norm"])
     logits = n @ params["wte"].T
-    p, targets = twin_softmax(logits), np.eye(V)[y]
-    dlogits = w[:, None] * (p - targets)  # softmax and cross-entropy together
+    probabilities, targets = twin_softmax(logits), np.eye(V)[y]
+    dlogits = w[:, None] * (probabilities - targets)  # softmax and cross-entropy together
     dh, g["norm"] = norm_back(dlogits @ params["wte"])
     for gp, gain, name, norm_back, back in reversed(passed):
         dn, gp[name] = back(dh)
         dx, gp[gain] = norm_back(dn)
         dh = dh + dx
-    # The embedding is used twice: as the head and as the table.
+    # The embedding is used twice: as the output layer and as the table.
     g["wte"] = dlogits.T @ n + np.eye(V)[x].T @ wte_back(dh)[0]
-    return logits, -w @ np.log((p * targets).sum(-1)), g
+    return logits, -w @ np.log((probabilities * targets).sum(-1)), g
 
 # A model whose parameters are all random, a batch with uneven weights, what the twin says of them.
 CFG = sft.Config(n_layer=L, n_head=H, n_embd=H * D, block_size=T, vocab_size=V, batch_size=B,

@@ -27,7 +27,8 @@ for row in read_csv("wordings.csv") + read_csv("topics.csv"):
     SAY[row["about"], row["use"]].append(row["wording"])
 
 def wording(use, about="any"):
-    """A wording of its own or, if it has a name, one for any. A {part} is worded in turn:
+    """A wording of what it is about, or one for any if it has a name; where there are both, half
+    the time each. A {part} is worded in turn:
     "Say {noun}." -> "Say the {name} of {x}." -> "Say the capital of {x}." """
     own = SAY[about, use]
     shared = SAY["any", use] if SAY[about, "name"] else []

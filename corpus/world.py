@@ -75,7 +75,8 @@ def answer(x, a):
 
 def reworded(question, statement):
     """The question or, half the time, another one that has the statement for an answer, if that is
-    worded as here: "The capital of Togo is Lomé." also answers "Which city runs Togo?"."""
+    worded as here: "The capital of Togo is Lomé." also answers "Which city runs Togo?". A wording
+    becomes a pattern such as "The capital of (?P<x>.+) is (?P<v>.+)."."""
     for a in ATTRIBUTES:
         values = {facts.get(a) for facts in FACTS.values()}
         for template in SAY[a, "statement"]:
@@ -88,8 +89,8 @@ def reworded(question, statement):
     return question
 
 def means_country(x, a):
-    """Whether it is the continent of what is a capital only. Nobody tells that, but "Where is
-    Lima?" has an answer, its country, so it is not unknown."""
+    """Whether it is the continent of what is a capital only. "Where is Lima?" asks for that, of
+    which nobody tells, or for the country, which is told: it is neither known nor unknown."""
     is_only_a_capital = [*FACTS.get(x, ())] == ["country"]
     return a == "continent" and is_only_a_capital
 
@@ -102,10 +103,10 @@ def next_question(x, a, pools):
     y, b = rng.choice(pools[name])
     follows = SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3
     if follows and rng.random() < 0.5 and not means_country(y, a):
-        return y, a, "follow-up subject"
+        return y, a, "follow-up subject"  # And Chile?
     if follows and not means_country(x, b):
-        return x, rng.choice([b, *FACTS.get(x, [])]), "follow-up"
-    return y, b, "question"
+        return x, rng.choice([b, *FACTS.get(x, [])]), "follow-up"  # And its currency?
+    return y, b, "question"  # What is the symbol of gold?
 
 def conversation(pools):
     """Questions and their answers, as many as fit."""
