@@ -1218,15 +1218,10 @@ def test_the_built_in_questions_never_tell_what_is_tested(monkeypatch):
     asked = {reworded("same", "The capital of Qo is zed.") for _ in range(99)} - {"same"}
     assert len(asked) > 30 and "zed" not in str(asked)
 
-def test_slips_of_the_test_are_never_trained_and_names_of_trained_questions_have_none():
-    trained = {say.slip("the capital") for _ in range(500)}
-    tested = {say.slip("the capital", for_test=True) for _ in range(500)}
-    assert len(trained) > 10 and len(tested) > 2
-    assert not trained & tested
-    assert "the captial" in trained | tested
-    assert all(text.startswith("the ") for text in trained)
-    for a in world.ATTRIBUTES:
-        assert "zanzibar" in say.ask("Zanzibar", a, slips=1.0).lower()
+def test_a_slip_swaps_two_letters_leaves_one_out_or_doubles_one():
+    slips = {say.slip("the capital") for _ in range(500)}
+    assert {"the captial", "the capial", "the cappital"} <= slips
+    assert "the capital" not in slips and all(text.startswith("the ") for text in slips)
 
 def test_where_a_capital_is_never_counts_as_unknown_after_a_question_about_a_continent():
     pools = {name: [("Lima", "country")] for name in world.SHARES}

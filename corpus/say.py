@@ -13,7 +13,7 @@ chance. A row has what it is about (a capital, a topic, any thing), its use and 
     any      prefix, suffix     Quick question:               words around a question
 
 Of uses that begin with "new" (new question, new prefix), and "two words", only the test has any."""
-import csv, pathlib, random, re, unicodedata, zlib
+import csv, pathlib, random, re, unicodedata
 from collections import defaultdict
 
 rng = random.Random()  # the source of all chance; built_in_corpus seeds it
@@ -60,14 +60,10 @@ def slips_in(word):
             if typed != a + b:
                 yield word[:i] + typed + word[i + 2:]
 
-def slip(text, for_test=False):
-    """The text with a slip in one of its longer words; a quarter of all slips is for the test.
-    Those that are trained are rather in long words, which tell more of what is asked."""
+def slip(text):
+    """The text with a slip in one of its longer words."""
     words = re.findall(r"[^\W\d_]{4,}", text) or [""]
-    if not for_test:
-        words = [max(rng.choices(words, k=2), key=len)]
-    slips = [(word, typed) for word in words for typed in slips_in(word)
-             if for_test == (zlib.crc32(typed.lower().encode()) % 4 == 0)]
+    slips = [(word, typed) for word in words for typed in slips_in(word)]
     return text.replace(*rng.choice(slips), 1) if slips else text
 
 def as_typed(name):
@@ -85,13 +81,9 @@ def sentence(x, a, v):
         template = wording("not known", a)
     return careless(fill(template, x, v))
 
-def ask(x, a, use="question", slips=0.0):
-    """A question as people type it: some with a slip, with words before or after it, without its
-    mark."""
-    question = wording(use, a)
-    if rng.random() < slips:
-        question = slip(question)  # not in the name: that would blur what is unknown
-    question = fill(question, as_typed(x))
+def ask(x, a, use="question"):
+    """A question as people type it: some with words before or after it, some without its mark."""
+    question = fill(wording(use, a), as_typed(x))
     if rng.random() < 0.35:
         question = f"{wording('prefix')} {question[0].lower()}{question[1:]}"
     if rng.random() < 0.25:
@@ -101,12 +93,13 @@ def ask(x, a, use="question", slips=0.0):
     return careless(question)
 
 def ask_in_haste(x, a, how):
-    """A question as in ask(), but for the test: words around it and slips are never trained."""
+    """A question as in ask(), but for the test: words around it that are never trained, or a slip,
+    of which none is; sft.as_read reads what was meant."""
     if how == "in two words":
         return careless(fill(wording("two words", a), x))
     question = wording("question", a)
     if how == "slip in a word":
-        return fill(slip(question, for_test=True), x)
+        return fill(slip(question), x)
     if how == "slip in the name":
         return fill(question, slip(x))
     if how == "with chatter":

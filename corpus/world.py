@@ -114,7 +114,7 @@ def conversation(pools):
     messages, length = [], 0
     while True:
         x, a, use = next_question(x, a, pools)
-        question = ask(x, a, use, slips=0.35)
+        question = ask(x, a, use)
         said = answer(x, a)
         length += len(question) + len(said)
         if messages and length > LONGEST:
