@@ -21,7 +21,7 @@ SHARES = {  # of the questions to train on
     "U, nowhere, real": 3.5,  # the capital of Texas; in training one document says: not known
     "U, nowhere, made up": 1.5,  # the capital of Tovania; of others documents say: not known
     "U, cannot have": 3.5,  # the capital of gold
-    "U, other matters": 15,  # the king of Peru; Who wrote Hamlet?
+    "U, other matters": 13.5,  # the king of Peru; Who wrote Hamlet?
 }
 
 def subjects_of(row):
