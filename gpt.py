@@ -512,6 +512,8 @@ def make_generator(cfg):
 #     best         [step, nats, bits a byte] of the lowest validation; [0, None, None] at first
 #     text, data   checksums of train.bin and of the examples
 #     words        {word: how often it was in text and examples}; of a chat model
+#     version      of the model: parameters mean nothing to another one's forward()
+VERSION = 2  # since queries, keys and the embedding are normalised
 MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # of its settings
 
 class Row(NamedTuple):
@@ -537,7 +539,7 @@ def save_checkpoint(path, state, about, keep=False):
         raise InputError(f"{path}: kept as it was, the parameters are no longer finite; go on from"
                          " it by --init, with a smaller --learning_rate")
     with whole_file(path, keep) as file:
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)
+        np.savez(file, about=np.array(json.dumps(about | {"version": VERSION})), **arrays)
 
 def load_checkpoint(path, whole=False):
     """-> (state, about, the model's settings, tokenizer), all of it checked. To go on with training
@@ -545,6 +547,8 @@ def load_checkpoint(path, whole=False):
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
+            if about.get("version") != VERSION:
+                raise ValueError("made by another version of gpt.py; train it anew")
             cfg = Config(**{name: about["config"][name] for name in MODEL})
             found = []
             state = {"params": init_params(cfg)}

@@ -1088,6 +1088,9 @@ def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_no
     for wrong in (gain * np.float32(np.nan), gain[1:], gain.astype(np.float64)):
         np.savez(path, **arrays | {"params.norm": wrong})
         assert "checkpoint (params.norm" in outcome("chat damaged.npz")
+    about = json.loads(str(arrays["about"])) | {"version": 1}
+    np.savez(path, **arrays | {"about": np.array(json.dumps(about))})
+    assert "made by another version of gpt.py" in outcome("chat damaged.npz")
     for place in np.random.default_rng(0).integers(len(whole), size=60):
         rest = bytes([whole[place] ^ 1]) + whole[place + 1:] if place % 2 else b""
         path.write_bytes(whole[:place] + rest)
