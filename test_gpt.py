@@ -321,7 +321,12 @@ def test_hostile_text_takes_linear_time(text):
     for tokenizer in (tokenizer_of(text, 270), TOKENIZER):  # quadratic time would be hours
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
-@parametrize("text", ["हिन्दी| में| लिखा", "Cafe\u0301| cre\u0300me", "ภาษา|ไทยที่|นี่", "123|45"])
+@parametrize("text", [
+    "हिन्दी| में| लिखा",
+    "Cafe\u0301| cre\u0300me",
+    "ภาษา|ไทยที่|นี่",
+    "123|45",
+])
 def test_combining_marks_stay_in_their_word_and_digits_come_in_threes(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
