@@ -18,17 +18,15 @@ from typing import NamedTuple
 
 import prepare
 from prepare import CONTEXT, CORES, END, InputError, Tokenizer, printable, read_flags, run, say
-from prepare import clock, draw, keep_previous, link, only_writer, setting
+from prepare import clock, copy, draw, keep_previous, only_writer, setting
 from prepare import show_progress, whole_file, wishes_to_stop
 
 # Skip this at first; it must come before jax is imported. Each CPU core becomes a device: small
-# matrix products run faster on one core each than spread over all of them. The rest is for Apple's
-# jax-metal.
+# matrix products run faster on one core each than spread over all of them. The last line is for
+# Apple's jax-metal.
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CORES} {flags}"
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")
-if os.environ.get("JAX_PLATFORMS", "").lower() in ("metal", "mps"):
-    os.environ["JAX_PLATFORMS"] += ",cpu"  # it checks the GPU, see check_device
 
 # glibc gives large buffers back to the system, and jax before 0.12 asks for them anew in each step.
 # Keeping them makes a step a third shorter. Systems without glibc have no mallopt.
@@ -559,7 +557,7 @@ def load_checkpoint(path, whole=False):
                 if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
                     raise ValueError(f"{name} is no finite float32 array of shape {like.shape}")
                 found.append(a)
-        tokenizer = Tokenizer.load(path, about["tokenizer"])  # path for messages
+        tokenizer = Tokenizer.load(path)
         tokenizer.words = about.get("words", {})
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); there may be an"
@@ -625,17 +623,12 @@ def begin_files(path, about, fresh):
         keep_previous(log_of(path))
         keep_previous(best_path)
         best_path.unlink(missing_ok=True)
-    with whole_file(log_of(path)) as file:
-        for row in [Row._fields, *about["log"]]:
-            file.write(as_line(row).encode())
+    rows = [Row._fields, *about["log"]]
+    log_of(path).write_text("".join(map(as_line, rows)))
 
 def lower(best, new):
     """Of two [step, nats, bits a byte] the one with the lower loss, if there is one."""
-    _, lowest, _ = best
-    _, nats, _ = new
-    if nats is None or (lowest and lowest < nats):
-        return best
-    return new
+    return min(best, new, key=lambda validation: validation[1] or math.inf)
 
 def save(cfg, path, state, about, best, must_succeed=False, keep=False):
     """Save a checkpoint, also as the best one if best is new -> the state, collected from all
@@ -646,7 +639,7 @@ def save(cfg, path, state, about, best, must_succeed=False, keep=False):
         if writes():
             save_checkpoint(path, state, about | {"best": best}, keep)
             if best != about["best"]:
-                link(path, path.with_suffix(".best.npz"))
+                copy(path, path.with_suffix(".best.npz"))
         about["best"] = best  # only now is it on the disk
     except OSError as e:
         if must_succeed:
@@ -681,7 +674,6 @@ def conclude(cfg, about, path):
     """Tell what a run was started with and its lowest validation; both stay in runs.jsonl."""
     usual = asdict(type(cfg)())
     settings = {name: value for name, value in asdict(cfg).items() if value != usual[name]}
-    settings.pop("vocab_size", None)  # no flag
     step, nats, bits = about["best"]
     result = {"checkpoint": path.name, "steps": about["step"], "settings": settings,
               "best_step": step, "val_loss": nats, "val_bits_per_byte": bits}

@@ -122,22 +122,19 @@ class Tokenizer:
         return f'{{"special": {json.dumps(SPECIAL)}, "merges": [\n' + ",\n".join(rows) + "\n]}\n"
 
     @classmethod
-    def load(cls, path, text=None):
-        """The reverse of to_json: of a file, of a checkpoint, or of the text that stands in one."""
+    def load(cls, path):
+        """The reverse of to_json: of tokenizer.json, or of a checkpoint, which has it too."""
         try:
-            about = json.loads(text or tokenizer_in(path))
-            return cls([(a, b) for a, b, _ in about["merges"]])
+            if Path(path).suffix == ".json":
+                text = Path(path).read_text("utf-8", "replace")
+            else:
+                with np.load(path) as checkpoint:
+                    text = json.loads(str(checkpoint["about"]))["tokenizer"]
+            return cls([(a, b) for a, b, _ in json.loads(text)["merges"]])
         except OSError:
             raise
         except Exception:  # anything can be in a file
             raise InputError(f"{path}: not a tokenizer; run prepare.py again") from None
-
-def tokenizer_in(path):
-    """The JSON of a tokenizer: of tokenizer.json, or of a checkpoint, which has it too."""
-    if not str(path).endswith(".npz"):
-        return Path(path).read_text("utf-8", "replace")
-    with np.load(path) as checkpoint:
-        return json.loads(str(checkpoint["about"]))["tokenizer"]
 
 # ---------------------------------------------------------------- reading files
 PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
@@ -288,7 +285,7 @@ def document_of(record, source):
     """A record of JSON -> the document that it is or has as "text", and the mark of its end; with
     its source."""
     if isinstance(record, dict) and isinstance(record.get("text"), str):
-        not_used.update(record.keys() - {"text"})
+        count_fields(record.keys() - {"text"}, source)
         record = record["text"]
     if isinstance(record, str):
         return record + "<|endoftext|>", source
@@ -403,10 +400,11 @@ def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
             shutil.copyfileobj(train, val)
             file.write(tokenizer.to_json().encode())
         train.truncate(2 * cut)
+    median = np.median(np.diff([0, *ends]))
     show_progress(f"{out_dir}: {len(ends)} documents, {n_bytes / 1e6:.2f} MB, {cut} + {size - cut}"
-                  f" tokens of {n_bytes / size:.2f} bytes, vocabulary {tokenizer.size}", last=True)
-    say(f"the median document has {np.median(np.diff([0, *ends])):.0f} tokens; gpt.py sees"
-        f" --block_size at once, by default {CONTEXT}")
+                  f" tokens of {n_bytes / size:.2f} bytes, vocabulary {tokenizer.size}\nthe median"
+                  f" document has {median:.0f} tokens; gpt.py sees --block_size {CONTEXT} at once",
+                  last=True)
     report()
 
 # ---------------------------------------------------------------- main
@@ -459,8 +457,7 @@ def main(argv):
     write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
     write_questions(out_dir / "qa.jsonl", questions)
     write_questions(out_dir / "qa_test.jsonl", test)
-    base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
-    say("next: python gpt.py" + (f" --init {base}" if s.tokenizer else ""))
+    say("next: python gpt.py" + (" --init out/base.npz" if s.tokenizer else ""))
 
 # ---------------------------------------------------------------- helpers of all scripts
 def available_cores():
@@ -476,7 +473,6 @@ def available_cores():
 
 CORES = available_cores()
 left_out = {}  # what count() has noted: [how often, the first place]; report() forgets it
-not_used = Counter()  # fields of records that nobody reads; report() names and forgets them
 
 def say(*what, **how):
     """print, but that it cannot be printed, for a terminal or the reader of a pipe is gone, is no
@@ -494,7 +490,6 @@ def run(main, argv=None):
         with suppress(AttributeError, OSError):  # a notebook's cannot, one half read
             stream.reconfigure(errors="replace")
     left_out.clear()
-    not_used.clear()
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output, `head` for instance, has seen enough
@@ -552,40 +547,28 @@ def clock(seconds):
 def count(what, where):
     left_out.setdefault(what, [0, where])[0] += 1
 
+def count_fields(names, source):
+    for name in sorted(names):
+        count(f"field(s) not used: {name}", source)
+
 def list_of():
     return "; ".join(f"{n} {what} (the first: {at})" for what, (n, at) in left_out.items())
 
 def report():
     if left_out:
-        say(f"left out: {list_of()}")
-    if not_used:
-        names = (f"{name}, {n} record(s)" for name, n in not_used.most_common())
-        say(f"not used: {printable('; '.join(names))}")
+        say(f"left out: {printable(list_of())}")
     left_out.clear()
-    not_used.clear()
 
 def printable(text):
     """Text without what steers a terminal: control characters, surrogates, marks of direction."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]", "�", text)
-
-def link(path, name):
-    """Give a file a second name, which costs nothing; where there are no links, as on some drives,
-    it is a copy. An older file of that name is replaced."""
-    part = Path(f"{name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(os.path.realpath(path), part)
-    except OSError:
-        shutil.copyfile(path, part)
-    os.replace(part, name)
-    part.unlink(missing_ok=True)  # if both were the same file already, replace did nothing
 
 def keep_previous(path):
     """Give the file that is there the name *.prev.* too."""
     if path.exists():
         kept = path.with_suffix(f".prev{path.suffix}")
         before = ", in place of an older one" if kept.exists() else ""
-        link(path, kept)
+        copy(path, kept)
         say(f"the {path.name} that was there is now {kept}{before}")
 
 @contextmanager
@@ -607,6 +590,10 @@ def whole_file(path, keep=False):
         raise
     finally:
         part.unlink(missing_ok=True)
+
+def copy(path, name):
+    with whole_file(name) as file, open(path, "rb") as original:
+        shutil.copyfileobj(original, file)
 
 def locks(file, stack):
     """Whether it can lock a file, until the stack ends. By SQLite, whose locks work on all systems

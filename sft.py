@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from corpus.world import DONT_KNOW, reworded, rng
-from prepare import ASSISTANT, END, SPECIAL, UNSPACED, USER, InputError, count, list_of, not_used
-from prepare import plain, printable, read_flags, read_json, read_lines, report, run, say, setting
-from prepare import show_progress
+from prepare import ASSISTANT, END, SPECIAL, UNSPACED, USER, InputError, count, count_fields
+from prepare import list_of, plain, printable, read_flags, read_json, read_lines, report, run, say
+from prepare import setting, show_progress
 
 # ---------------------------------------------------------------- records: JSON of many shapes
 # Skip the functions of this section at first: read_examples gives a list of Example.
@@ -140,7 +140,7 @@ def example_of(record, kind, source):
         if dialogue in dialogues or not any(message.trained for message in dialogue):
             raise ValueError("without an answer to train")
         dialogues.append(dialogue)
-    not_used.update(unused)
+    count_fields(unused, source)
     return Example(dialogues, source, str(record.get("set", "all")))
 
 def read_examples(paths, kind=IMITATION):
@@ -166,11 +166,6 @@ def built_in(cfg):
 
 # ---------------------------------------------------------------- rows: what a step is trained on
 A_WORD = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have spaces between words
-
-def words_in(parts, tokenizer):
-    """Arrays of ids -> {word in small letters: how often it is there}."""
-    texts = (tokenizer.decode(ids.tolist()).lower() for ids in parts)
-    return Counter(word for text in texts for word in re.findall(A_WORD, text))
 
 def as_read(question, words):
     """A question as the model is given it: all in capitals, in small letters, for hardly any text
@@ -256,15 +251,14 @@ def show(rows, tokenizer):
 # ---------------------------------------------------------------- answers and their marks
 CORRECTED = "corrected by you"  # a set
 
-def answer_all(params, cfg, tokenizer, examples, temperature=0.0):
+def answer_all(params, cfg, tokenizer, examples):
     """What a model answers to the last question of each, 64 at a time -> [text]."""
     generate = gpt.make_generator(cfg)
-    rng = np.random.default_rng(cfg.seed)
     answers = []
     for start in range(0, len(examples), 64):
         some = examples[start:start + 64]
         prompts = [render(example.chosen[:-1], tokenizer)[0] for example in some]
-        steps = generate(params, prompts, cfg.block_size, rng, temperature=temperature)
+        steps = generate(params, prompts, cfg.block_size, None)  # no chance: the likeliest tokens
         answers += [tokenizer.decode(ids).strip() for ids in zip(*(new for new, _ in steps))]
         done = len(answers)
         show_progress(f"answering: {done} of {len(examples)}", done == len(examples))
@@ -323,29 +317,20 @@ def dpo_loss(params, batch, key, cfg):
 def corrections_in(path, tokenizer, T):
     """What /better wrote -> preferences, the last of each question. One whose conversation is
     longer than the context stands alone."""
-    def fit(dialogues):
-        return all(len(render(dialogue, tokenizer)[0]) <= T for dialogue in dialogues)
-
     last = {}
-    there = path.exists() and path.stat().st_size
-    for example in read_examples([path] if there else [], PREFERENCE):
+    for example in read_examples([path], PREFERENCE):
         dialogues = example.dialogues
-        if not fit(dialogues):
+        if any(len(render(dialogue, tokenizer)[0]) > T for dialogue in dialogues):
             dialogues = [dialogue[-2:] for dialogue in dialogues]
-        if fit(dialogues):
-            asked = str(dialogues[0][:-1])
-            last[asked] = Example(dialogues, example.source, CORRECTED)
-        else:
-            count(f"correction(s) longer than the context of {T} tokens", example.source)
-    report()
+        asked = str(dialogues[0][:-1])
+        last[asked] = Example(dialogues, example.source, CORRECTED)
     return [*last.values()]
 
 def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all; half the time in other words, then
     without what was said before (reworded)."""
     examples = []
-    # A fifth: each n_others / (4 len(corrections)) times, at least once; 1 + in case there is none.
-    times = 1 + n_others // (1 + 4 * len(corrections))
+    times = 1 + n_others // (4 * len(corrections))
     for example in corrections * times:
         question, answer = example.chosen[-2:]
         asked = Message("user", reworded(question.text, answer.text))
@@ -354,63 +339,47 @@ def enough_of(corrections, n_others):
         examples.append(example)
     return examples
 
-def preferences_of(examples, ask=None):
-    """Questions and answers -> preferences, one for the first question of each. Its answer is
-    chosen; what the model says itself, by ask(examples, temperature), is rejected if it differs:
-    made up, or "I do not know that." of what it was told. If there is nothing to reject, the
-    rejected one has no trained token, so its log-probability counts as 0 before and after: the
-    example only holds the chosen one in place. That is so for all of them without ask."""
-    known, unknown = [], []
-    for example in examples:
-        question, answer = example.chosen[:2]
-        if answer.trained:
-            alike = unknown if answer.text == DONT_KNOW else known
-            alike.append(replace(example, dialogues=[[question, answer]]))
-    kept = known[:1300] + unknown[:1050]  # what fits into a minute, about as often as in training
-    said = ask(kept, 1.2) if ask else [""] * len(kept)
-
+def kept(examples):
+    """Examples whose answers are to stay as they are -> preferences. The rejected dialogue has no
+    trained token, so its log-probability counts as 0 before and after: that of the chosen one
+    alone must not sink."""
     preferences = []
-    for example, own in zip(kept, said):
-        question, answer = example.chosen
-        rejected = Message("assistant", own, own not in ("", answer.text))
-        dialogues = [example.chosen, [question, rejected]]
-        preferences.append(replace(example, dialogues=dialogues))
+    for example in examples[:2350]:  # what fits into a minute
+        nothing = [message._replace(trained=False) for message in example.chosen]
+        preferences.append(replace(example, dialogues=[example.chosen, nothing]))
     return preferences
 
 def answers_to_keep(cfg, about, pairs):
     """Questions whose answers DPO is to leave as they are -> (examples to train on, others for the
     test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
-    learned = about["config"].get("pairs", ())
-    if not pairs and not learned:
+    pairs = pairs or read_examples(about["config"].get("pairs", ()))
+    if not pairs:
         keep, others = built_in(cfg)
         return keep, others[::6]
-    pairs = pairs or read_examples([name for name in learned if Path(name).exists()])
     shuffled = np.random.default_rng(cfg.seed).permutation(pairs)
     pairs = [replace(example, set="yours, not learned now") for example in shuffled]
     n_test = min(len(pairs) // 10, 100)
     return pairs[n_test:], pairs[:n_test]
 
-def learn_preferences(cfg, pairs, preferences, test):
+def learn_preferences(cfg, pairs, preferences, feedback, test):
     """-> (examples to learn from by DPO, test, the parameters before): the user's preferences, or
-    the corrections, with which the test ends."""
-    # Loaded anew: the state of a resumed run is not that of before any more.
+    the corrections in the file feedback, with which the test ends."""
+    # Loaded anew: a resumed run's own state is not that of before any more.
     state, about, tokenizer = load_start(cfg.init, cfg)
-    before = state["params"]
     if preferences:
-        return preferences + preferences_of(pairs), test, before
+        return preferences + kept(pairs), test, state["params"]
 
+    corrections = corrections_in(feedback, tokenizer, cfg.block_size)
     keep, others = answers_to_keep(cfg, about, pairs)
-    corrections = corrections_in(Path(cfg.out_dir, "feedback.jsonl"), tokenizer, cfg.block_size)
     corrected = {example.chosen[-2].text for example in corrections}
-    keep = [example for example in keep if example.chosen[0].text not in corrected]
-    ask = partial(answer_all, before, cfg, tokenizer)
-    examples = preferences_of(keep, None if corrections else ask)
-    if not examples:
+    keep = kept([example for example in keep
+                 if corrected.isdisjoint(message.text for message in example.chosen)])
+    if not keep:
         say("nothing keeps the other answers as they are, so they will change; to keep them name"
             " questions and answers: python sft.py pairs.jsonl --dpo")
     rng.seed(cfg.seed)  # of reworded: a resumed run has the same examples
-    examples += enough_of(corrections, len(examples))
-    return examples, (test or others) + corrections, before
+    examples = keep + enough_of(corrections, len(keep))
+    return examples, (test or others) + corrections, state["params"]
 
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
@@ -419,7 +388,7 @@ class Config(gpt.Config):
     init: str = setting("", "checkpoint to start from; nothing: out/base.npz, for DPO chat.npz")
     eval: str = setting((), "questions to test with; without pairs nothing is trained", nargs=1)
     show: int = setting(0, "print this many examples with what is trained, and stop")
-    dpo: str = setting(None, "learn preferences [corrections, built-in ones]", nargs="?", const="")
+    dpo: str = setting(None, "learn preferences [the corrections]", nargs="?", const="")
     weight_decay: float = setting(0.3, "of matrices [with --dpo: 0]")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(16, "examples and texts in a micro-batch [with --dpo: 24]", low=1)
@@ -477,13 +446,16 @@ def with_fixed_rows(loss, text, cfg):
     return objective
 
 def learn_words(about, tokenizer, text, rows):
-    """Note the words of the text and of the rows, for as_read. Without the text nothing is noted:
-    it has words that no row has."""
-    if len(text):
-        step = max(1024, len(text) // 4096)  # of a long text 4 M tokens, from everywhere in it
-        parts = [text[start:start + 1024] for start in range(0, len(text), step)]
-        words = words_in([*parts, *rows[:, 0, 0]], tokenizer)
-        tokenizer.words = about["words"] = Counter(about.get("words")) + words
+    """Note the words of the text and of the rows, {word in small letters: how often it is there},
+    for as_read. Without the text nothing is noted: it has words that no row has."""
+    if not len(text):
+        return
+    step = max(1024, len(text) // 4096)  # of a long text 4 M tokens, from everywhere in it
+    parts = [text[start:start + 1024] for start in range(0, len(text), step)]
+    words = Counter(about.get("words"))
+    for ids in [*parts, *rows[:, 0, 0]]:
+        words.update(re.findall(A_WORD, tokenizer.decode(ids.tolist()).lower()))
+    tokenizer.words = about["words"] = words
 
 def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
@@ -553,10 +525,13 @@ def main(argv):
     elif by_dpo:
         cfg = replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
 
-    # Read now: a pretraining would be in vain.
+    # Read or looked for now: a pretraining would be in vain.
     pairs = read_examples(cfg.pairs)
     test = read_examples(cfg.eval)
     preferences = read_examples([cfg.dpo], PREFERENCE) if cfg.dpo else []
+    feedback = Path(cfg.out_dir, "feedback.jsonl")
+    if by_dpo and not preferences and not feedback.exists():
+        raise InputError(f"no {feedback}: /better in the chat writes it; or name preferences")
     only_test = test and not (pairs or by_dpo or cfg.resume)
     if not cfg.resume:
         start = "chat.npz" if by_dpo or only_test else "base.npz"
@@ -569,13 +544,12 @@ def main(argv):
     if by_dpo:
         if Path(cfg.init) == path:
             raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
-        examples, test, before = learn_preferences(cfg, pairs, preferences, test)
+        examples, test, before = learn_preferences(cfg, pairs, preferences, feedback, test)
     else:
         examples, others = (pairs, []) if pairs else built_in(cfg)
         test = test or others
     if not examples:
-        raise InputError(f"no {cfg.data_dir}/qa.jsonl and no correction by /better: name a file of"
-                         " questions and answers, python sft.py pairs.jsonl")
+        raise InputError(f"no {cfg.data_dir}/qa.jsonl: name a file of questions and answers")
     rows = rows_of(examples, tokenizer, cfg.block_size)
     if cfg.show:
         return show(np.concatenate(rows[:cfg.show]), tokenizer)

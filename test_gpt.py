@@ -304,8 +304,9 @@ def test_fast_training_learns_the_merges_of_the_naive_definition_and_wikipedias_
     t = Tokenizer(prepare.train_bpe(Counter(["aaabdaaabac"]), 262))
     assert [t.bytes[i] for i in t.encode("aaabdaaabac")] == [b"aaab", b"d", b"aaab", b"a", b"c"]
 
-def test_any_text_survives_encoding_and_no_text_becomes_a_special_token():
-    again = Tokenizer.load("tokenizer.json", TOKENIZER.to_json())
+def test_any_text_survives_encoding_and_no_text_becomes_a_special_token(tmp_path):
+    write(tmp_path / "tokenizer.json", TOKENIZER.to_json())
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
     for text in odd_texts():
         ids = TOKENIZER.encode(text)
         assert again.decode(ids) == text.encode("utf-8", "replace").decode()
@@ -537,7 +538,7 @@ def test_a_download_that_was_cut_short_costs_its_last_record():
 def test_an_odd_record_costs_itself_and_is_named(made, record):
     good = '{"prompt": "Hi", "response": "Ho", "chosen": "Ho", "rejected": "No"}'
     said = shown("records.jsonl", f"{good}\n{record}\n{good}", record)
-    assert said.startswith("left out: 1 ") and "records.jsonl:2)" in said
+    assert re.search(r"left out: .*\b1 record.s. .*records.jsonl:2\)", said)
     assert said.count("<|assistant|>[ Ho") == 2
 
 def write(name, text):
@@ -551,7 +552,7 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
 
 @parametrize("name, text, expected, says", [
     param("c4-train.00000-of-01024.json.gz", '{"text": "one"}\n{"text": "two", "url": ""}\n',
-          ["one", "two"], "not used: url, 1 record",
+          ["one", "two"], "left out: 1 field(s) not used: url",
           id="C4: JSON lines, packed by gzip, with a field not used"),
     param("wiki_00", '\n{"text": "one"}\n{"text": "two"}',
           ["one", "two"], "next", id="WikiExtractor's file: no ending, an empty line first"),
@@ -722,7 +723,7 @@ def test_the_road_from_text_to_answers(made):
     assert words["ran"] > 20 and words["where"] > 0 and "rann" not in words
     assert outcome("chat --prompt='who rann?'") == "the rat ran\n"
     assert outcome("sft pairs.json --show=1") == (
-        "not used: rejected, 4 record(s)\n"
+        "left out: 4 field(s) not used: rejected (the first: pairs.json:1)\n"
         "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
 
@@ -761,13 +762,6 @@ def test_an_answer_is_right_or_declined_or_wrong(made, monkeypatch):
     os.utime("out/chat.npz")
     assert said.startswith("out/base.npz is newer")  # as after another pretraining
     assert re.search("all +80 +25.0 +50.0 +25.0\n", said)
-
-def test_of_its_own_answers_the_wrong_are_rejected(made, monkeypatch):
-    monkeypatch.setattr(gpt, "sample", lambda logits, *_, **how: int(logits.argmax()))
-    write("told.jsonl", """{"prompt": "who ran?", "response": "no rat"}
-        {"prompt": "where is the cat?", "response": "the cat sat on the mat"}""")
-    said = outcome("sft told.jsonl --dpo --init=out/chat.npz --out_dir=uncorrected --show=9")
-    assert re.findall(r"\[ (.*)<.*]", said) == ["no rat", "the rat ran", "the cat sat on the mat"]
 
 def test_the_last_correction_of_a_question_is_learned(made):
     write("corrected/feedback.jsonl", """{"prompt": "who ran?", "chosen": "a cat", "rejected": "no"}
@@ -926,8 +920,6 @@ def test_a_checkpoint_that_is_a_link_stays_one_and_the_file_before_it_is_kept(tm
             file.write(b"new")
     assert linked.is_symlink() == (linked != real) and linked.read_bytes() == b"new"
     assert linked.with_suffix(".prev.npz").read_bytes() == b"new"
-    prepare.link(linked, tmp_path / "second_name.npz")  # not of the link but of the file
-    assert not (tmp_path / "second_name.npz").is_symlink()
 
 def test_a_drive_without_locks_trains_with_a_warning(tmp_path, monkeypatch, capsys):
     no_locks = prepare.sqlite3.OperationalError("locking protocol")
@@ -980,13 +972,14 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(context, n_mes
 
 def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(
         made, tmp_path):
-    write(tmp_path / "feedback.jsonl", """{"prompt": "What is the capital of Qo?",
+    feedback = tmp_path / "feedback.jsonl"
+    write(feedback, """{"prompt": "What is the capital of Qo?",
         "chosen": "The capital of Qo is Zed.", "rejected": "no"}""")
     answers = [(f"Who {i}?", "Ho") for i in range(99)]
     answers += [("What is the capital of Qo?", "The old answer.")] * 20
     pairs = [sft.Example([[*map(sft.Message._make, dialogue(*said))]], "") for said in answers]
-    cfg = sft.Config(out_dir=str(tmp_path), init="out/chat.npz")
-    once, again = (sft.learn_preferences(cfg, pairs, [], [])[0] for _ in range(2))
+    cfg = sft.Config(init="out/chat.npz")
+    once, again = (sft.learn_preferences(cfg, pairs, [], feedback, [])[0] for _ in range(2))
     assert once == again
     assert len({example.chosen[0].text for example in once[-20:]}) > 5
     assert "The old answer." not in {example.chosen[-1].text for example in once}
@@ -1158,7 +1151,8 @@ REFUSED = [  # a command; its error, by a regular expression
     ("sft --dpo --resume --seed=7", "begun with 0"),
     ("sft --resume", "with other"),  # there is another pairs.json now
     ("sft other.jsonl --resume", "begun with .*pairs"),
-    ("sft --dpo --init=out/dpo.npz", "would be overwritten"),
+    ("sft --dpo=prefs.json --init=out/dpo.npz", "would be overwritten"),
+    ("sft --dpo --out_dir=nowhere", "no nowhere.feedback.jsonl: /better in the chat"),
 ]
 
 @pytest.fixture(scope="module")
