@@ -35,10 +35,13 @@ class Config:
     seed: int = setting(0, "of the sampling: the same again gives the same text", high=2**32 - 1)
 
 def prompt_ids(messages, tokenizer, block_size):
-    """[question, answer, ..., question] -> ids ending in <|assistant|>; the oldest turns go, whole
-    and from the list too, until 24 tokens are left in the context, enough for a short answer."""
-    while len(ids := sft.render(messages, tokenizer)[0]) + 24 > block_size and messages[2:]:
+    """[question, answer, ..., question] -> ids ending in <|assistant|>. While less than 24 tokens
+    are left in the context, too few for a short answer, the oldest two messages are taken away,
+    from the list too."""
+    ids, _ = sft.render(messages, tokenizer)
+    while len(ids) + 24 > block_size and len(messages) > 2:
         del messages[:2]
+        ids, _ = sft.render(messages, tokenizer)
     if len(ids) > block_size:
         raise InputError(f"the question has {len(ids)} tokens, the context holds {block_size}")
     return ids
@@ -133,7 +136,7 @@ def converse(reply, cfg, path):
                 new, given = read_flags(Config, [f"--{command[1:]}", value], __doc__)
                 cfg = replace(cfg, **{name: getattr(new, name) for name in given})
             else:
-                asked = [*messages, Message("user", line)]  # prompt_ids may take its oldest away
+                asked = [*messages, Message("user", line)]  # prompt_ids takes away what is too old
                 shown, seen, said = [], [], ""
                 for piece in reply(asked, cfg, seen):
                     print(printable(piece), end="", flush=True)
@@ -142,7 +145,7 @@ def converse(reply, cfg, path):
                 print()
                 messages = shown
         except (InputError, OSError, KeyboardInterrupt) as e:  # Ctrl-C says nothing
-            print(str(e).replace("--", "/"))
+            print(e)
 
 def answer_lines(reply, cfg):
     """Piped input: one answer a line, even where it is an error, and nothing else."""

@@ -151,14 +151,16 @@ def matmul(x, w, cfg, axis=0):
 
 def norm(x, gain=1.0):
     """Root mean square normalisation (arXiv 1910.07467) of the last axis: (..., C) -> (..., C)."""
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * gain
+    mean_square = (x * x).mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + 1e-6) * gain
 
 def rotate(x, position, cfg):
     """Rotary positions (arXiv 2104.09864): x (B, H, T, D), position (B or 1, T) -> like x.
     Number i and number i + D/2 make a pair, which is turned by position / 10000^(2i/D) radians:
     the first pair by 1 for each position, the last by hardly anything."""
     half = x.shape[-1] // 2
-    angle = np.arange(cfg.block_size)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    frequency = 10000.0 ** (-np.arange(half) / half)
+    angle = np.arange(cfg.block_size)[:, None] * frequency  # (block_size, D/2)
     cos = lookup(jnp.float32(np.cos(angle)), position)[:, None]  # (B or 1, 1, T, D/2)
     sin = lookup(jnp.float32(np.sin(angle)), position)[:, None]
     a, b = jnp.split(x, 2, axis=-1)
@@ -168,7 +170,8 @@ def drop(x, cfg, key, number):
     """Dropout, the number-th in the model; without a key, as in evaluation, nothing is dropped."""
     if key is None or cfg.dropout == 0:
         return x
-    keep = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - cfg.dropout, x.shape)
+    key = jax.random.fold_in(key, number)
+    keep = jax.random.bernoulli(key, 1 - cfg.dropout, x.shape)
     return jnp.where(keep, x / (1 - cfg.dropout), 0)
 
 def head(q, k, v, allowed):
@@ -193,31 +196,37 @@ def causal_heads(q, k, v):
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         allowed = np.tri(end - start, end, start, dtype=bool)  # query start + i: keys to start + i
-        parts.append(some_heads(q[:, start:end], k[:, :end], v[:, :end], allowed))
+        some_q = q[:, start:end]
+        parts.append(some_heads(some_q, k[:, :end], v[:, :end], allowed))
     return jnp.concatenate(parts, axis=1)
 
 def attention(x, wqkv, wo, position, cache, cfg):
     """(B, T, C) -> (B, T, C), and the keys and values (B, H, S, D) that later tokens look at."""
     B, T, C = x.shape
-    q, k, v = jnp.split(matmul(x, wqkv, cfg), 3, axis=-1)
-    q, k, v = (z.reshape(B, T, cfg.n_head, -1).transpose(0, 2, 1, 3) for z in (q, k, v))
+
+    def to_heads(z):  # (B, T, C) -> (B, H, T, D)
+        return z.reshape(B, T, cfg.n_head, -1).transpose(0, 2, 1, 3)
+
+    q, k, v = map(to_heads, jnp.split(matmul(x, wqkv, cfg), 3, axis=-1))
     # Queries and keys of one length learn faster (arXiv 2010.04245). With a gain of 1.2 scores go
     # up to 1.44 sqrt(D), enough to look at one token alone.
-    q = norm(rotate(q, position, cfg), 1.2)  # (B, H, T, D), as k and v
+    q = norm(rotate(q, position, cfg), 1.2)
     k = norm(rotate(k, position, cfg), 1.2)
     if cache is None:  # in training; and in generation at first, for whole prompts
         y = jax.vmap(causal_heads)(q, k, v)
     else:
-        # Then one new token a sequence. The cache has a slot for each of the S = block_size
-        # positions; the first pass has filled all of them, with the prompt and padding. Key and
-        # value of the token go into its own slot, and it sees those up to there.
-        slots = np.arange(cfg.block_size)[None]
+        # Then T = 1, a new token in each sequence, at position (B, 1). The cache has a slot for
+        # each of the S = block_size positions; the first pass has filled all of them, with the
+        # prompt and padding. Key and value of the token go into its own slot, and it sees those up
+        # to there.
+        slots = np.arange(cfg.block_size)[None]  # (1, S)
         here = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
-        k = jnp.where(here, k, cache[0])
+        k = jnp.where(here, k, cache[0])  # (B, H, 1, D) into (B, H, S, D)
         v = jnp.where(here, v, cache[1])
         allowed = (slots <= position)[:, None]  # (B, 1, S)
         y = jax.vmap(heads)(q, k, v, allowed)
-    return matmul(y.transpose(0, 2, 1, 3).reshape(B, T, C), wo, cfg), (k, v)
+    y = y.transpose(0, 2, 1, 3).reshape(B, T, C)
+    return matmul(y, wo, cfg), (k, v)
 
 def feed_forward(x, w_up, w_down, cfg):
     """Two matrices with a squared ReLU between them (arXiv 2109.08668): (B, T, C) -> (B, T, C)."""
@@ -229,7 +238,8 @@ def forward(params, tokens, cfg, key=None, position=None, cache=None):
     """tokens (B, T) -> the residual stream after the last block (B, T, C), and the keys and values
     of all blocks. With a cache, tokens (B, 1) stand at position (B, 1), else from 0 on."""
     if cache is None:
-        position, cache = np.arange(tokens.shape[1])[None], [None] * cfg.n_layer
+        position = np.arange(tokens.shape[1])[None]  # (1, T)
+        cache = [None] * cfg.n_layer
     # Without norm the small numbers of wte would soon be lost among what the blocks add to them.
     x = drop(norm(lookup(params["wte"], tokens)), cfg, key, 0)
     new_cache = []
@@ -272,14 +282,17 @@ def rounded_matmul(x, w, axis):
     return rounded(x, w, (-1, axis))
 
 def rounded_forward(x, w, axis):
-    return rounded(x, w, (-1, axis)), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    saved = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    return rounded(x, w, (-1, axis)), saved
 
 def rounded_backward(axis, saved, dy):
-    # With axis=0: dx = dy w^T, dw = x^T dy; with axis=1: dx = dy w, dw = dy^T x.
+    # With axis=0: dx = dy w^T, dw = x^T dy; with axis=1: dx = dy w, dw = dy^T x. (custom_vjp puts
+    # axis, which has no gradient, first.)
     x, w = saved
     leading = list(range(x.ndim - 1))  # all axes but the last: the gradient of w is a sum over them
     a, b = (x, dy) if axis == 0 else (dy, x)
-    return rounded(dy, w, (-1, 1 - axis)), rounded(a, b, (leading, leading))
+    dx = rounded(dy, w, (-1, 1 - axis))
+    return dx, rounded(a, b, (leading, leading))
 
 rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
@@ -300,7 +313,8 @@ def new_state(params):
 def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
     """Step t (from 1, as in the paper) of Adam (arXiv 1412.6980), with the gradient clipped to a
     global norm and with decoupled weight decay of matrices (arXiv 1711.05101)."""
-    length = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
+    square = sum((g * g).sum() for g in jax.tree.leaves(grads))
+    length = jnp.sqrt(square)
     scale = jnp.minimum(1, (cfg.grad_clip or math.inf) / (length + 1e-6))
     grads = jax.tree.map(lambda g: g * scale, grads)
     m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state["m"], grads)
@@ -317,12 +331,12 @@ def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
 
     return {"params": jax.tree.map(new_value, state["params"], m, v), "m": m, "v": v}
 
-def placements(rows, devices=None):
+def placements(n_rows, devices=None):
     """Where arrays live, -> (whole, split): a copy on each device, or divided among them along the
-    first axis. As many devices as divide the rows. jit adds what they must tell each other. With
-    one device both are the same, so skip it at first."""
+    first axis. As many devices as divide the rows. jit adds what they must tell each other. Skip it
+    at first: with one device both are the same."""
     devices = devices or jax.devices(device().client)  # all of the default one's kind
-    n = max(n for n in range(1, len(devices) + 1) if rows % n == 0)
+    n = max(i for i in range(1, len(devices) + 1) if n_rows % i == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
@@ -364,8 +378,8 @@ def make_step(objective, batch_at, cfg, placed):
     def step(state, number, rate):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
-            # With DPO there are more rows than batch_size; if they do not divide evenly, each
-            # device has all of them.
+            # Divided among the devices, but whole on each where the rows do not divide evenly: with
+            # DPO there are more of them than batch_size.
             batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
             key = np.array([cfg.seed, n], np.uint32)  # two numbers, as jax.random takes them
             new = gradient(state["params"], batch, key)
@@ -404,13 +418,15 @@ def random_batch(ids, n, T, seed, number):
         earliest = max(0, start + 1 - T // 2)
         ends_before = earliest + np.flatnonzero(ids[earliest:start + 1] == END)
         if len(ends_before):
-            start = ends_before[-1]
-        row = ids[start:start + T + 1]
-        if earliest == 0 and not len(ends_before):  # the first document has no <|end|> in front
+            row = ids[ends_before[-1]:][:T + 1]
+        elif earliest == 0:  # the first document has no <|end|> in front
             row = np.append(END, ids[:T])
+        else:
+            row = ids[start:][:T + 1]
         rows.append(row)
     batch = np.array(rows, np.int32)
-    return batch[:, :-1], batch[:, 1:], np.ones((n, T), np.float32)
+    x, y = batch[:, :-1], batch[:, 1:]
+    return x, y, np.ones((n, T), np.float32)
 
 def make_validation(ids, tokenizer, cfg):
     """-> a function of the parameters: (nats a token, bits a byte) over 65,536 targets at most."""
@@ -451,24 +467,28 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     p /= p.sum()
     # A token stays while those before it sum to less than top_p; the factor allows for rounding.
     keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)
-    return int(rng.choice(order[keep], p=p[keep] / p[keep].sum()))
+    order, p = order[keep], p[keep]
+    return int(rng.choice(order, p=p / p.sum()))
 
 def make_generator(cfg):
     """-> generate(params, prompts, max_new_tokens, rng, **how), how being that of sample().
     prompts: lists of ids. Yields after each step the new ids, END for a row that has ended, and the
     logits (B, V) they were chosen by. A row that fills the context goes on from its last half."""
-    T = cfg.block_size
     cfg = replace(cfg, dtype="float32")  # rounding all weights for a token is slower
+    T = cfg.block_size
 
     @jax.jit
-    def logits_after(params, tokens, position, cache):
-        """What follows the last token of each row, which stands at position (B, 1): logits (B, V);
-        and the new cache. tokens: that last one alone (B, 1) or, without a cache, whole rows,
-        padded (B, T)."""
-        x, new_cache = forward(params, tokens, cfg, position=position, cache=cache)
-        if cache is None:  # all but the last token of each row becomes 0, as Metal can do it
-            x = x * jax.nn.one_hot(position[:, 0], T)[..., None]
-        return logits_of(params, x.sum(1), cfg), new_cache  # the sum over T, or over the one token
+    def logits_after(params, tokens, last, cache):
+        """What follows the last token of each row, at the position last (B, 1): logits (B, V); and
+        the new cache. tokens: that one alone (B, 1) or, without a cache, padded rows (B, T)."""
+        if cache is None:
+            x, new_cache = forward(params, tokens, cfg)  # x (B, T, C)
+            is_last = jax.nn.one_hot(last[:, 0], T)  # (B, T)
+            x = (x * is_last[..., None]).sum(1)  # x[i, last[i]] for each i, as Metal can do it
+        else:
+            x, new_cache = forward(params, tokens, cfg, position=last, cache=cache)
+            x = x.reshape(len(x), -1)  # (B, 1, C) -> (B, C)
+        return logits_of(params, x, cfg), new_cache
 
     def generate(params, prompts, max_new_tokens, rng, **how):
         # Each host generates for itself, on its own devices.
@@ -482,15 +502,15 @@ def make_generator(cfg):
                 cache = None
                 # T may be 1: row[-0:] would be all of it.
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
-            position = [[len(row) - 1] for row in rows]
+            last = [[len(row) - 1] for row in rows]
             if cache is None:
                 # The slots of the padding come after a row's last token, so it does not see them
                 # before its own new tokens have filled them.
                 tokens = [row + [END] * (T - len(row)) for row in rows]
             else:
                 tokens = [row[-1:] for row in rows]
-            tokens, position = (put(np.int32(ids), split) for ids in (tokens, position))
-            logits, cache = logits_after(params, tokens, position, cache)
+            tokens, last = (put(np.int32(ids), split) for ids in (tokens, last))
+            logits, cache = logits_after(params, tokens, last, cache)
             logits = np.asarray(logits)
             new = [END if previous == END else sample(scores, row, rng, **how)
                    for previous, scores, row in zip(new, logits, rows)]
@@ -502,7 +522,7 @@ def make_generator(cfg):
     return generate
 
 # ---------------------------------------------------------------- checkpoints
-# A checkpoint has the state (arrays), and what this dict says about it:
+# A checkpoint has the state (arrays) and `about`, a dict that says of it:
 #     kind         "base" or "chat"
 #     config       settings of the run; tokenizer: the text of tokenizer.json
 #     step         steps done; seconds: the time they took
@@ -529,19 +549,19 @@ def named_leaves(tree):
     return {".".join(re.findall(r"\w+", jax.tree_util.keystr(path))): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
-def save_checkpoint(path, state, about, keep=False):
-    """One file with everything and no pickle: the arrays, and `about` (settings, tokenizer, step)
-    as JSON. keep: the file that was there stays as *.prev.npz."""
+def save_checkpoint(path, state, about):
+    """One file with everything and no pickle: the arrays, and `about` as JSON."""
     arrays = named_leaves(state)
     if not all(np.isfinite(a).all() for a in arrays.values()):
         raise InputError(f"{path}: kept as it was, the parameters are no longer finite; go on from"
                          " it by --init, with a smaller --learning_rate")
-    with whole_file(path, keep) as file:
-        np.savez(file, about=np.array(json.dumps(about | {"version": VERSION})), **arrays)
+    with whole_file(path) as file:
+        text = json.dumps(about | {"version": VERSION})
+        np.savez(file, about=np.array(text), **arrays)
 
-def load_checkpoint(path, whole=False):
-    """-> (state, about, the model's settings, tokenizer), all of it checked. To go on with training
-    the state has to be whole, for everything else its "params" will do."""
+def load_checkpoint(path, to_resume=False):
+    """-> (state, about, the model's settings, tokenizer), all of it checked. Of the state only the
+    "params", which will do for everything but to resume training."""
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
@@ -550,11 +570,12 @@ def load_checkpoint(path, whole=False):
             cfg = Config(**{name: about["config"][name] for name in MODEL})
             found = []
             state = {"params": init_params(cfg)}
-            if whole:
+            if to_resume:
                 state = new_state(state["params"])
             for name, like in named_leaves(state).items():
                 a = file[name]
-                if a.shape != like.shape or a.dtype != like.dtype or not np.isfinite(a).all():
+                fits = a.shape == like.shape and a.dtype == like.dtype
+                if not fits or not np.isfinite(a).all():
                     raise ValueError(f"{name} is no finite float32 array of shape {like.shape}")
                 found.append(a)
         tokenizer = Tokenizer.load(path)
@@ -569,19 +590,19 @@ MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "ou
               "shard_params", "coordinator", "num_processes", "process_id", "eval"}
 
 def inherit(cfg, given, about, path):
-    """cfg with settings of the checkpoint at path. Those of the model it decides, on --resume all
-    but the flags of MAY_CHANGE that are typed now. given: names of the flags that are typed; one
-    that the checkpoint decides and that says otherwise is refused."""
+    """cfg with what the checkpoint at path decides: the settings of the model; on --resume all
+    settings, but those of MAY_CHANGE that are typed now. given: the names of the flags that are
+    typed; one that the checkpoint decides otherwise is refused."""
     saved = about["config"]
-    inherited = MODEL
+    decided = MODEL
     if cfg.resume:
-        inherited = saved.keys() - (MAY_CHANGE & given)
-        inherited -= {"out_dir"}  # the folder may have moved
-    for name in given & inherited:
+        decided = saved.keys() - {"out_dir"}  # the folder may have moved
+        decided -= MAY_CHANGE & given
+    for name in decided & given:
         if saved[name] != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
                              " leave it out or start afresh")
-    return replace(cfg, **{name: saved[name] for name in inherited})
+    return replace(cfg, **{name: saved[name] for name in decided})
 
 # ---------------------------------------------------------------- training loop
 def log_of(path):
@@ -593,14 +614,13 @@ def steps_in_time(cfg, done, ticks):
     started and when each step since then ended, in seconds. With --minutes 1, begun at -30, and
     20 steps done at 1, 2 ... 20, there is time for 10 more: max_steps is 30."""
     began, first, *_, now = ticks
-    pace = max(1e-9, (now - first) / (len(ticks) - 2))  # seconds; the first step was compiled too
+    timed = len(ticks) - 2  # steps, but not the first, in which all was compiled
+    pace = max(1e-9, (now - first) / timed)  # seconds a step
     left = began + 60 * cfg.minutes - now
     steps = done + max(0, int(left / pace))
     steps = int(of_all(steps).min())  # all processes end together
-    of_this_run = steps - done + len(ticks) - 1
-    if abs(steps - cfg.max_steps) < of_this_run / 20:  # so little is not worth a change
-        return cfg
-    say(f"{steps} steps in {cfg.minutes:g} minutes")
+    if len(ticks) == 4:  # the first time
+        say(f"{cfg.minutes:g} minutes are enough for about {steps} steps")
     return replace(cfg, max_steps=steps)
 
 def as_line(row):
@@ -612,32 +632,32 @@ def check_room(path):
         room.write(path.read_bytes())
         room.write(path.read_bytes())
 
-def begin_files(path, about, fresh):
-    """Check the room on the disk and write the log so far. A fresh run keeps the log and the best
-    of the one before as *.prev.*"""
-    if not writes():
-        return
-    check_room(path)
+def begin_files(cfg, path, state, about):
+    """Save at once, so that a full disk is noticed now, and write the log so far. What the run
+    before left is kept as *.prev.*"""
     best_path = path.with_suffix(".best.npz")
-    if fresh:
-        keep_previous(log_of(path))
-        keep_previous(best_path)
+    if writes() and not cfg.resume:
+        for left in (path, best_path, log_of(path)):
+            keep_previous(left)
         best_path.unlink(missing_ok=True)
-    rows = [Row._fields, *about["log"]]
-    log_of(path).write_text("".join(map(as_line, rows)))
+    save(cfg, path, state, about, about["best"], must_succeed=True)
+    if writes():
+        check_room(path)
+        rows = [Row._fields, *about["log"]]
+        log_of(path).write_text("".join(map(as_line, rows)))
 
 def lower(best, new):
     """Of two [step, nats, bits a byte] the one with the lower loss, if there is one."""
     return min(best, new, key=lambda validation: validation[1] or math.inf)
 
-def save(cfg, path, state, about, best, must_succeed=False, keep=False):
+def save(cfg, path, state, about, best, must_succeed=False):
     """Save a checkpoint, also as the best one if best is new -> the state, collected from all
     devices and processes. Unless it must succeed, a failure is told and no more."""
     about["config"] = asdict(replace(cfg, minutes=0.0))  # they became steps
     state = process_allgather(state, tiled=True)
     try:
         if writes():
-            save_checkpoint(path, state, about | {"best": best}, keep)
+            save_checkpoint(path, state, about | {"best": best})
             if best != about["best"]:
                 copy(path, path.with_suffix(".best.npz"))
         about["best"] = best  # only now is it on the disk
@@ -649,7 +669,8 @@ def save(cfg, path, state, about, best, must_succeed=False, keep=False):
 
 def speed_of(ticks, cfg):
     """Tokens a second, as the last steps tell."""
-    seconds = max(1e-9, np.median(np.diff(ticks[-cfg.log_every - 1:])))
+    last = ticks[-cfg.log_every - 1:]
+    seconds = max(1e-9, np.median(np.diff(last)))
     return round(tokens_a_step(cfg) / seconds)
 
 def write_row(cfg, about, path, stays):
@@ -711,10 +732,9 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
 
-    with only_writer(path.parent) if writes() else nullcontext(), wishes_to_stop() as wishes:
-        saved = save(cfg, path, state, about, about["best"], must_succeed=True,
-                     keep=not cfg.resume)  # at once, so that a full disk is noticed now
-        begin_files(path, about, fresh=not cfg.resume)
+    lock = only_writer(path.parent) if writes() else nullcontext()
+    with lock, wishes_to_stop() as wishes:
+        begin_files(cfg, path, state, about)
         last = False
         while not last:
             rate = learning_rate(done, cfg)
@@ -723,7 +743,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             done += 1
             ticks.append(time.perf_counter())
             about.update(step=done, seconds=ticks[-1] - began)
-            if cfg.minutes and (len(ticks) == 4 or len(ticks) % 10 == 0):
+            if cfg.minutes and len(ticks) > 3:
                 cfg = steps_in_time(cfg, done, ticks)  # only the rate and the end depend on it
 
             stopped = of_all(bool(wishes)).any()  # all processes after the same step
@@ -765,7 +785,8 @@ def small_gradient(where, dropout):
     """The gradient of a small random model, computed on a device, as one array."""
     cfg = Config(n_layer=1, dtype="float32", vocab_size=64, dropout=dropout)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), init_params(cfg))
+    params = init_params(cfg)
+    params = jax.tree.map(lambda p: p + np.float32(rng.normal(0, 0.1, p.shape)), params)
     batch = rng.integers(64, size=(3, 3, 64))  # x, y and whole numbers as weights
     with jax.default_device(where):
         gradient_of = jax.jit(jax.grad(loss, has_aux=True), static_argnums=3)
@@ -781,7 +802,8 @@ def check_device(dropout=0.0):
     problem = "its gradients are not the CPU's"
     try:
         right = small_gradient(cpu, dropout)
-        if np.abs(small_gradient(gpu, dropout) - right).max() < 1e-2 * np.abs(right).max():
+        error = np.abs(small_gradient(gpu, dropout) - right).max()
+        if error < 1e-2 * np.abs(right).max():
             return
     except Exception as e:  # whatever a plug-in raises
         problem = printable(" ".join(repr(e).split()))[:99]
@@ -811,12 +833,13 @@ def show_sample(cfg, params, tokenizer):
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     join(cfg)
-    path, data_dir = Path(cfg.out_dir, "base.npz"), Path(cfg.data_dir)
+    path = Path(cfg.out_dir, "base.npz")
     start = path if cfg.resume else cfg.init
     if start:
         state, about, *_ = load_checkpoint(start, cfg.resume)
         cfg = inherit(cfg, given, about, start)
-    elif "data_dir" not in given:
+    data_dir = Path(cfg.data_dir)
+    if not start and "data_dir" not in given:
         make_corpus_if_missing(data_dir)
     check_device(cfg.dropout)
     tokenizer = Tokenizer.load(data_dir / "tokenizer.json")

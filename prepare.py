@@ -53,15 +53,15 @@ def train_bpe(words, vocab_size):
     for that of now. A queue has the pairs in the order of their bounds. Its first pair is counted
     again: if that is less than its bound it goes back, else no other can have more."""
     unmerged = Tokenizer([])
-    uses = Counter()  # of each word, in which chr(id) stands for an id
+    uses = Counter()  # word, in which chr(id) stands for an id -> how often it is there
     where = defaultdict(set)  # pair -> words with it, also such as have changed since
-    queue = []  # (-bound, pair): heapq has the smallest first; -inf: not counted yet
+    queue = []  # (-bound, pair), for heapq has the smallest first; the bound is at first infinite
 
     def add(word, n):
         uses[word] += n
         for pair in itertools.pairwise(word):
             if pair not in where:
-                heapq.heappush(queue, (-np.inf, pair))
+                heapq.heappush(queue, (-np.inf, pair))  # it is counted when it comes first
             where[pair].add(word)
 
     for word, n in words.items():
@@ -71,9 +71,12 @@ def train_bpe(words, vocab_size):
         minus_bound, pair = heapq.heappop(queue)
         affected = where[pair] & uses.keys()
         n = sum(uses[word] * [*itertools.pairwise(word)].count(pair) for word in affected)
-        if n < -minus_bound:  # it may not be the most frequent: back, with its true count
+        bound = -minus_bound
+        if n < bound:  # it may not be the most frequent: back, with its true count
             heapq.heappush(queue, (-n, pair))
-        elif n > 1:  # it is: merge it; if it is there once or never, it is forgotten
+        elif n < 2:
+            break
+        else:  # it is
             new = FIRST_MERGE + len(merges)
             merges.append(tuple(map(ord, pair)))
             for word in affected:
@@ -82,7 +85,7 @@ def train_bpe(words, vocab_size):
     return merges
 
 class Tokenizer:
-    """Byte-level BPE. encode never returns a special id; decode(encode(s)) == s for every text."""
+    """Byte-level BPE. encode never returns a special id; decode(encode(s)) == s."""
 
     def __init__(self, merges):
         self.merges = merges
@@ -207,9 +210,9 @@ NEXT_TEXT = re.compile(r'(?<=")\s*,\s*(?=")|\Z')
 DECODER = json.JSONDecoder()
 
 def read_json(lines):
-    """(line, "file:line") -> (record, "file:line"), of JSON lines one by one. If the first record
-    is not whole on its line, and of a list, all lines are read as one text. What is broken is
-    counted, named by its line, and costs no other record."""
+    """(line, "file:line") -> (record, "file:line"), of JSON lines one by one. If the first line is
+    no whole record or list, all lines are read as one text. What is broken is counted, named by its
+    line, and costs no other record."""
     texts = whole_lines(lines)
     by_line = False
     for text, source in texts:
@@ -226,8 +229,8 @@ def whole_lines(lines):
 def records_in(text, source):
     """Records one after the other, or a list of them -> (record, "file:line"). source is where the
     text begins."""
-    name, _, line = source.rpartition(":")
-    line = int(line)
+    name, _, number = source.rpartition(":")
+    line_number = int(number)
     at = end = 0  # where a record begins and ends
     item = ""  # in a list: how an item begins
     if begins := LIST_BEGINS.match(text):
@@ -236,10 +239,10 @@ def records_in(text, source):
     n_records = 0
     to_next = BETWEEN.match
     while (start := to_next(text, end).end()) < len(text):
-        line += text.count("\n", at, start)
+        line_number += text.count("\n", at, start)
         at = start
         n_records += 1
-        place = f"{name}:{line}" + (f": record {n_records}" if item else "")
+        place = f"{name}:{line_number}" + (f": record {n_records}" if item else "")
         if item in ("{", "[") and text[at] == '"':
             return count("part(s) of JSON beside the list of records", place)
         try:
@@ -318,8 +321,8 @@ def read_documents(files):
                     else:
                         count("empty documents", source)
                     document = ""
-                # Not if only blanks are left: alone in the last piece, they would be counted as an
-                # empty document, and the end of this one be lost.
+                # A piece is cut off only where more text follows: a last piece of blanks alone
+                # would be taken for an empty document, and the end of this one be lost.
                 if len(document) > PIECE and rest.strip():
                     yield document, False
                     document = ""
@@ -457,7 +460,8 @@ def main(argv):
     write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
     write_questions(out_dir / "qa.jsonl", questions)
     write_questions(out_dir / "qa_test.jsonl", test)
-    say("next: python gpt.py" + (" --init out/base.npz" if s.tokenizer else ""))
+    base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
+    say("next: python gpt.py" + (f" --init {base}" if s.tokenizer else ""))
 
 # ---------------------------------------------------------------- helpers of all scripts
 def available_cores():
@@ -572,9 +576,9 @@ def keep_previous(path):
         say(f"the {path.name} that was there is now {kept}{before}")
 
 @contextmanager
-def whole_file(path, keep=False):
-    """The old or the whole new file is there, whenever power fails. keep: the old as *.prev.* too.
-    If it is a link to a file elsewhere, it stays one."""
+def whole_file(path):
+    """The old or the whole new file is there, whenever power fails. If it is a link to a file
+    elsewhere, it stays one."""
     real = os.path.realpath(path)
     part = Path(f"{real}.part")
     try:
@@ -582,8 +586,6 @@ def whole_file(path, keep=False):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if keep:
-            keep_previous(path)
         os.replace(part, real)
     except OSError as e:
         e.filename = e.filename or str(path)  # a full disk names no file
@@ -637,13 +639,12 @@ def wishes_to_stop():
             stack.callback(signal.signal, number, before)
         yield wishes
 
-def draw(values):
-    """Numbers as a line of at most 72 small bars, from the first to the last."""
-    means = [part.mean() for part in np.array_split(values, min(72, len(values)))]
-    low, high = min(means), max(means)
-    heights = np.interp(means, [low, high], [0, 7])
+def draw(losses):
+    """A line of at most 72 small bars, each the mean of a part, between the first and the last."""
+    means = [part.mean() for part in np.array_split(losses, min(72, len(losses)))]
+    heights = np.interp(means, [min(means), max(means)], [0, 7])
     bars = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
-    say(f"loss {high:.2f} {bars} {low:.2f}")
+    say(f"loss {means[0]:.2f} {bars} {means[-1]:.2f}")
 
 if __name__ == "__main__":
     run(main)

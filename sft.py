@@ -51,7 +51,7 @@ QUESTION_FIELDS = ["history", "prompt", "instruction", "question", "input", "con
 ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
 # Kinds of records: for each dialogue that is in one, the fields that may hold its answer.
 IMITATION = [ANSWER_FIELDS]  # one dialogue
-PREFERENCE = [["chosen"], ["rejected"]]  # two
+PREFERENCE = [["chosen"], ["rejected"]]  # two: the first ends as "chosen" says
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
 def text_of(content):
@@ -129,7 +129,7 @@ def example_of(record, kind, source):
     """A record -> an example. Of a preference only the last message is trained."""
     if isinstance(record, list):
         record = {"messages": record}
-    unused = record.keys() - OURS
+    unused = record.keys() - OURS  # fields that no dialogue has used
     dialogues = []
     for answer_fields in kind:
         rest = dict(record)  # what no turn is taken out of is left in it
@@ -183,9 +183,9 @@ def as_read(question, words):
         if len(typed) < 4 or typed.lower() in words:
             return typed
         frequent = [word for word, n in words.items() if n >= 20]
-        # difflib's measure is the part of the letters that two words have in common: 1 - 1/n for
-        # words of n letters that differ by one slip. Short ones must have more in common, as with
-        # one letter too many, or "York" would be read as "work".
+        # difflib's ratio of two words of n letters that differ by one slip is 1 - 1/n; 1.01 allows
+        # for rounding. Words of 4 and 5 letters need 0.83, which only a letter too many or too few
+        # leaves: "peeru" is read as "Peru" (0.89), but "York" not as "work" (0.75).
         alike = max(0.83, 1 - 1.01 / len(typed))
         near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)
         word = max(near, key=words.get, default=typed)
@@ -327,8 +327,8 @@ def corrections_in(path, tokenizer, T):
     return [*last.values()]
 
 def enough_of(corrections, n_others):
-    """Corrections again and again until they are a fifth of all; half the time in other words, then
-    without what was said before (reworded)."""
+    """Corrections again and again until they are a fifth of all, half the time in other words
+    (reworded). In other words one stands alone, without what was said before."""
     examples = []
     times = 1 + n_others // (4 * len(corrections))
     for example in corrections * times:
@@ -339,47 +339,51 @@ def enough_of(corrections, n_others):
         examples.append(example)
     return examples
 
-def kept(examples):
+N_KEPT = 2350  # of old answers, which fit into a minute
+
+def unchanging(examples):
     """Examples whose answers are to stay as they are -> preferences. The rejected dialogue has no
-    trained token, so its log-probability counts as 0 before and after: that of the chosen one
-    alone must not sink."""
+    trained token, so its log-probability counts as 0 before and after: the loss rises as soon as
+    the chosen one is less probable than before."""
     preferences = []
-    for example in examples[:2350]:  # what fits into a minute
+    for example in examples[:N_KEPT]:
         nothing = [message._replace(trained=False) for message in example.chosen]
         preferences.append(replace(example, dialogues=[example.chosen, nothing]))
     return preferences
 
-def answers_to_keep(cfg, about, pairs):
+def old_answers(cfg, about, pairs):
     """Questions whose answers DPO is to leave as they are -> (examples to train on, others for the
     test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
-    pairs = pairs or read_examples(about["config"].get("pairs", ()))
-    if not pairs:
-        keep, others = built_in(cfg)
-        return keep, others[::6]
-    shuffled = np.random.default_rng(cfg.seed).permutation(pairs)
-    pairs = [replace(example, set="yours, not learned now") for example in shuffled]
-    n_test = min(len(pairs) // 10, 100)
-    return pairs[n_test:], pairs[:n_test]
+    own = pairs or read_examples(about["config"].get("pairs", ()))
+    if not own:
+        examples, test = built_in(cfg)
+        return examples, test[::6]  # 500 or so are soon asked
+    shuffled = np.random.default_rng(cfg.seed).permutation(own)
+    examples = [replace(example, set="yours, not learned now") for example in shuffled]
+    n_test = min(len(examples) // 10, 100)
+    return examples[n_test:], examples[:n_test]
 
 def learn_preferences(cfg, pairs, preferences, feedback, test):
     """-> (examples to learn from by DPO, test, the parameters before): the user's preferences, or
     the corrections in the file feedback, with which the test ends."""
     # Loaded anew: a resumed run's own state is not that of before any more.
     state, about, tokenizer = load_start(cfg.init, cfg)
+    before = state["params"]
     if preferences:
-        return preferences + kept(pairs), test, state["params"]
+        return preferences + unchanging(pairs), test, before
 
     corrections = corrections_in(feedback, tokenizer, cfg.block_size)
-    keep, others = answers_to_keep(cfg, about, pairs)
     corrected = {example.chosen[-2].text for example in corrections}
-    keep = kept([example for example in keep
-                 if corrected.isdisjoint(message.text for message in example.chosen)])
-    if not keep:
+    old, old_test = old_answers(cfg, about, pairs)
+    old = [example for example in old
+           if corrected.isdisjoint(message.text for message in example.chosen)]
+    examples = unchanging(old)
+    if not examples:
         say("nothing keeps the other answers as they are, so they will change; to keep them name"
             " questions and answers: python sft.py pairs.jsonl --dpo")
     rng.seed(cfg.seed)  # of reworded: a resumed run has the same examples
-    examples = keep + enough_of(corrections, len(keep))
-    return examples, (test or others) + corrections, state["params"]
+    examples += enough_of(corrections, len(examples))
+    return examples, (test or old_test) + corrections, before
 
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
@@ -388,6 +392,7 @@ class Config(gpt.Config):
     init: str = setting("", "checkpoint to start from; nothing: out/base.npz, for DPO chat.npz")
     eval: str = setting((), "questions to test with; without pairs nothing is trained", nargs=1)
     show: int = setting(0, "print this many examples with what is trained, and stop")
+    # None: no DPO; "": from the corrections; else the name of a file
     dpo: str = setting(None, "learn preferences [the corrections]", nargs="?", const="")
     weight_decay: float = setting(0.3, "of matrices [with --dpo: 0]")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
@@ -396,8 +401,8 @@ class Config(gpt.Config):
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 0 [with --dpo: 3e-4]")
 
 def make_if_missing(path):
-    """Have a default input made, or finished, by the script that writes it: chat.npz by main, which
-    asks here for base.npz, and that is made by gpt.main."""
+    """Have a default input made, or finished, by the script that writes it. For chat.npz that is
+    main, which comes here again, for base.npz; for that it is gpt.main."""
     base = path.with_name("base.npz")
     script = gpt.main if path == base else main
     if not path.exists():
@@ -425,17 +430,17 @@ def text_to_replay(cfg, about):
     """The text that the base was trained on, if it is still there; else nothing."""
     path = Path(cfg.data_dir, "train.bin")
     if path.exists():
-        text = np.fromfile(path, "<u2")
-        if zlib.crc32(text) == about.get("text"):
-            return text
+        text_ids = np.fromfile(path, "<u2")
+        if zlib.crc32(text_ids) == about.get("text"):
+            return text_ids
     say(f"{cfg.data_dir} is not the text of {cfg.init}, so none of it is replayed")
     return []
 
-def with_fixed_rows(loss, text, cfg):
+def with_fixed_rows(loss, text_ids, cfg):
     """-> objective(params, batch, key): the loss, but the embedding of each token of the text does
     not move. Else those of names that are asked about would move, and those of B, which never are,
     would stay behind."""
-    frozen = np.isin(np.arange(cfg.vocab_size), text)
+    frozen = np.isin(np.arange(cfg.vocab_size), text_ids)
 
     @jax.jit
     def objective(params, batch, key):
@@ -445,17 +450,20 @@ def with_fixed_rows(loss, text, cfg):
 
     return objective
 
-def learn_words(about, tokenizer, text, rows):
+def learn_words(about, tokenizer, text_ids, rows):
     """Note the words of the text and of the rows, {word in small letters: how often it is there},
-    for as_read. Without the text nothing is noted: it has words that no row has."""
-    if not len(text):
-        return
-    step = max(1024, len(text) // 4096)  # of a long text 4 M tokens, from everywhere in it
-    parts = [text[start:start + 1024] for start in range(0, len(text), step)]
-    words = Counter(about.get("words"))
+    for as_read. Without the text nothing is noted, or all of its other words would be taken for
+    slips."""
+    noted = about.get("words", {})  # by an earlier fine-tuning, with those of the text
+    parts = []
+    if not noted:  # of a long text 4 M tokens, from everywhere in it
+        step = max(1024, len(text_ids) // 4096)
+        parts = [text_ids[start:start + 1024] for start in range(0, len(text_ids), step)]
+    words = Counter()
     for ids in [*parts, *rows[:, 0, 0]]:
         words.update(re.findall(A_WORD, tokenizer.decode(ids.tolist()).lower()))
-    tokenizer.words = about["words"] = words
+    if len(text_ids):
+        tokenizer.words = about["words"] = {**words, **noted}
 
 def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
@@ -463,12 +471,14 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     checksum = zlib.crc32(rows)
     if before:
         checksum = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], checksum)
+    text_ids = text_to_replay(cfg, about)
+    if not cfg.resume:
+        learn_words(about, tokenizer, text_ids, rows)
     held_out, rows = np.split(rows, [n_held])
-    text = text_to_replay(cfg, about)
     # A fifth of each batch is pretraining text, so that it is not forgotten (arXiv 2503.21676).
-    n_old = round(cfg.batch_size / 5) if len(text) else 0
-    n_new = cfg.batch_size - n_old
-    objective = with_fixed_rows(dpo_loss if before else gpt.loss, text, cfg)
+    n_replayed = round(cfg.batch_size / 5) if len(text_ids) else 0
+    n_new = cfg.batch_size - n_replayed
+    objective = with_fixed_rows(dpo_loss if before else gpt.loss, text_ids, cfg)
     reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
 
     def batch_of(some):  # (m, n, 3, T) -> x, y, w, each (m n, T)
@@ -479,9 +489,10 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     def batch_at(number):
         places = np.arange(n_new) + number * n_new  # the next so many; they have been shuffled
         batch = batch_of(rows.take(places, 0, mode="wrap"))
-        if n_old:
-            replayed = gpt.random_batch(text, n_old, cfg.block_size, cfg.seed, number)
-            batch[:3] = map(np.concatenate, zip(batch, replayed))  # x, y, w; they have no reference
+        if n_replayed:
+            replayed = gpt.random_batch(text_ids, n_replayed, cfg.block_size, cfg.seed, number)
+            # To x, y and w; what is replayed has no reference.
+            batch[:3] = [np.concatenate(parts) for parts in zip(batch, replayed)]
         return batch
 
     def validate(params):
@@ -489,12 +500,11 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
         if not n_held:
             return None, None
         parts = np.array_split(held_out, n_held // 32 + 1)  # of at most two sizes
-        total, number = np.sum([objective(params, batch_of(part), None) for part in parts], 0)
-        return float(total / number), None
+        total, n = np.sum([objective(params, batch_of(part), None) for part in parts], axis=0)
+        return float(total / n), None
 
     if not cfg.resume:
         about["data"] = checksum
-        learn_words(about, tokenizer, text, rows)
         if n_held:
             say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
     if about["data"] != checksum:
@@ -504,11 +514,26 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
 # With --dpo these are the defaults.
 DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24, "weight_decay": 0.0}
 
-def begin(cfg, given, name):
-    """A new run -> (settings, state, about, tokenizer), from --init or from the file in out_dir of
-    this name."""
+def with_defaults(cfg, given, path):
+    """cfg with what is not typed: on --resume the settings of the stopped run at path, with --dpo
+    the defaults for it."""
+    if cfg.resume:
+        if not cfg.dpo:  # --dpo alone says which run: if it was begun with a file, that knows which
+            given = given - {"dpo"}
+        return gpt.inherit(cfg, given, gpt.load_checkpoint(path)[1], path)
+    if cfg.dpo is not None:
+        return replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
+    return cfg
+
+def begin(cfg, given, path, name):
+    """-> (settings, state, about, tokenizer), of the stopped run at path or, for a new one, from
+    --init or the file in out_dir of this name."""
+    if cfg.resume:
+        state, about, _, tokenizer = gpt.load_checkpoint(path, to_resume=True)
+        return cfg, state, about, tokenizer
     start = cfg.init or Path(cfg.out_dir, name)
-    if not given & {"init", "data_dir", "out_dir"}:
+    # Several processes would each make it.
+    if jax.process_count() == 1 and not given & {"init", "data_dir", "out_dir"}:
         make_if_missing(start)
     state, about, tokenizer = load_start(start, cfg)
     cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
@@ -516,15 +541,11 @@ def begin(cfg, given, name):
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
-    by_dpo = cfg.dpo is not None  # "" stands for the corrections, else it is a file
+    by_dpo = cfg.dpo is not None
     path = Path(cfg.out_dir, "dpo.npz" if by_dpo else "chat.npz")
-    if cfg.resume:
-        state, about, _, tokenizer = gpt.load_checkpoint(path, whole=True)
-        # --dpo without a file goes on with the file that the run was begun with.
-        cfg = gpt.inherit(cfg, given if cfg.dpo else given - {"dpo"}, about, path)
-    elif by_dpo:
-        cfg = replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
+    cfg = with_defaults(cfg, given, path)
 
+    gpt.join(cfg)
     # Read or looked for now: a pretraining would be in vain.
     pairs = read_examples(cfg.pairs)
     test = read_examples(cfg.eval)
@@ -532,11 +553,10 @@ def main(argv):
     feedback = Path(cfg.out_dir, "feedback.jsonl")
     if by_dpo and not preferences and not feedback.exists():
         raise InputError(f"no {feedback}: /better in the chat writes it; or name preferences")
+
     only_test = test and not (pairs or by_dpo or cfg.resume)
-    if not cfg.resume:
-        start = "chat.npz" if by_dpo or only_test else "base.npz"
-        cfg, state, about, tokenizer = begin(cfg, given, start)
-    gpt.join(cfg)
+    start = "chat.npz" if by_dpo or only_test else "base.npz"
+    cfg, state, about, tokenizer = begin(cfg, given, path, start)
     gpt.check_device(cfg.dropout)
     if only_test:
         return examine([state["params"]], cfg, tokenizer, test)

@@ -84,25 +84,30 @@ def twin_mlp(x, w_up, w_down):
 
 def twin(params, x, y, w):
     """One sequence in float64: x, y, w (T,) -> logits, the weighted loss, its gradient by hand."""
-    h, wte_back = twin_norm(params["wte"][x])
-    passed, g = [], {"blocks": [{} for _ in params["blocks"]]}
-    for p, gp in zip(params["blocks"], g["blocks"]):
-        for gain, name, layer in ("norm1", "attn", twin_attention), ("norm2", "mlp", twin_mlp):
-            n, norm_back = twin_norm(h, p[gain])
-            change, back = layer(n, **p[name])
-            h, passed = h + change, [*passed, (gp, gain, name, norm_back, back)]
-    n, norm_back = twin_norm(h, params["norm"])
-    logits = n @ params["wte"].T
-    probabilities, targets = twin_softmax(logits), np.eye(V)[y]
+    h, wte_back = twin_norm(params["wte"][x])  # h: the residual stream
+    grads = {"blocks": [{} for _ in params["blocks"]]}
+    ways_back = []  # of each layer, with the names of its parameters and where their gradients go
+    for block, block_grads in zip(params["blocks"], grads["blocks"]):
+        for norm, name, layer in ("norm1", "attn", twin_attention), ("norm2", "mlp", twin_mlp):
+            normed, norm_back = twin_norm(h, block[norm])
+            change, back = layer(normed, **block[name])
+            h = h + change
+            ways_back.append((block_grads, norm, name, norm_back, back))
+    last, norm_back = twin_norm(h, params["norm"])
+    logits = last @ params["wte"].T
+    probabilities = twin_softmax(logits)
+    targets = np.eye(V)[y]
+    loss = -w @ np.log((probabilities * targets).sum(-1))
+
     dlogits = w[:, None] * (probabilities - targets)  # softmax and cross-entropy together
-    dh, g["norm"] = norm_back(dlogits @ params["wte"])
-    for gp, gain, name, norm_back, back in reversed(passed):
-        dn, gp[name] = back(dh)
-        dx, gp[gain] = norm_back(dn)
+    dh, grads["norm"] = norm_back(dlogits @ params["wte"])
+    for block_grads, norm, name, norm_back, back in reversed(ways_back):
+        dnormed, block_grads[name] = back(dh)
+        dx, block_grads[norm] = norm_back(dnormed)
         dh = dh + dx
     # The embedding is used twice: as the output layer and as the table.
-    g["wte"] = dlogits.T @ n + np.eye(V)[x].T @ wte_back(dh)[0]
-    return logits, -w @ np.log((probabilities * targets).sum(-1)), g
+    grads["wte"] = dlogits.T @ last + np.eye(V)[x].T @ wte_back(dh)[0]
+    return logits, loss, grads
 
 # A model whose parameters are all random, a batch with uneven weights, what the twin says of them.
 CFG = sft.Config(n_layer=L, n_head=H, n_embd=H * D, block_size=T, vocab_size=V, batch_size=B,
@@ -386,11 +391,12 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     logp = np.negative(LOSSES)
     gain = RNG.normal(size=6)  # of these log-probabilities, over the reference
     reference = np.float32(logp - gain)
-    per_token = 1 / W[::2].sum(1)  # of the chosen: the first of each pair
+    share = 1 / W[::2].sum(1)  # of a token, in the chosen: the first of each pair
     margin = CFG.beta * (gain[::2] - gain[1::2])
-    losses = np.log1p(np.exp(-margin)) - per_token * logp[::2]
+    losses = np.log1p(np.exp(-margin)) - share * logp[::2]
+    # GRADIENTS are those of -logp, so these are the derivatives of the loss by -logp of each row.
     doubt = CFG.beta / (1 + np.exp(margin))
-    factors = np.ravel([doubt + per_token, -doubt], "F")  # of each row's gradient in the loss's
+    factors = np.stack([doubt + share, -doubt], axis=1).ravel()  # chosen 1, rejected 1, ...
 
     objective = jax.jit(jax.value_and_grad(partial(sft.dpo_loss, cfg=CFG), has_aux=True))
     (total, count), gradient = objective(PARAMS, [*BATCH, reference], None)
@@ -751,6 +757,13 @@ def test_fine_tuning_takes_the_rows_by_chance_but_never_the_held_out_and_replays
     assert len({*once}) == 18 and once != sorted(once)
     assert len(replayed) > 1
 
+def test_a_resumed_run_has_the_same_examples_though_their_slips_could_be_read(made):
+    slips = [*say.slips_in("elephant")]  # one of them is held out, and no other row has it
+    write("slips.json", "\n".join(
+        json.dumps({"prompt": f"an elephant, an {slip}?", "response": "the cat"}) for slip in slips))
+    outcome("sft slips.json --init=out/base.npz --out_dir=slips --max_steps=2")
+    assert "is finished, with 2 steps" in outcome("sft --resume --out_dir=slips")
+
 def test_an_answer_is_right_or_declined_or_wrong(made, monkeypatch):
     monkeypatch.setattr(sft, "DONT_KNOW", "the rat ran")  # its answer to one of the questions
     write("exam.json", 20 * """{"prompt": "who ran?", "response": "the rat ran"}
@@ -770,6 +783,9 @@ def test_the_last_correction_of_a_question_is_learned(made):
                    "--max_steps=40 --learning_rate=0.006 --eval=pairs.json")
     assert re.search("corrected by you +1 +0.0 -> 100.0", said) and "now 'a hat'" in said
     assert "is finished, with 40 steps" in outcome("sft --dpo --resume --out_dir=corrected")
+    paths = "out/chat.npz", "corrected/dpo.npz"
+    before, after = (gpt.load_checkpoint(path)[3].words for path in paths)
+    assert before["ran"] == after["ran"]  # the text is counted once
     other = outcome("chat corrected/dpo.npz --prompt='where is the cat?'")
     assert other == "the cat sat on the mat\n"  # one of the pairs that it was fine-tuned on
     said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
@@ -833,12 +849,14 @@ def steps_of(checkpoint):
     return gpt.load_checkpoint(checkpoint)[1]["step"]
 
 def state_of(checkpoint):
-    return gpt.load_checkpoint(checkpoint, whole=True)[0]
+    return gpt.load_checkpoint(checkpoint, to_resume=True)[0]
 
 @only_posix
 @parametrize("run", RUNS, ids=[run.name for run in RUNS])
 def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(
         made, run, tmp_path, monkeypatch):
+    """All that `made` has is copied, with the finished run. Its command is run anew over that, is
+    stopped by each signal in turn, and goes on to its end by go_on."""
     unstopped = Path("out").resolve()
     shutil.copytree(".", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("log*"))
     monkeypatch.chdir(tmp_path)
@@ -916,7 +934,8 @@ def test_a_checkpoint_that_is_a_link_stays_one_and_the_file_before_it_is_kept(tm
     except OSError:  # Windows asks for a right
         linked = real
     for _ in range(2):
-        with prepare.whole_file(linked, keep=True) as file:
+        prepare.keep_previous(linked)
+        with prepare.whole_file(linked) as file:
             file.write(b"new")
     assert linked.is_symlink() == (linked != real) and linked.read_bytes() == b"new"
     assert linked.with_suffix(".prev.npz").read_bytes() == b"new"
@@ -951,6 +970,8 @@ def test_a_base_goes_on_with_another_text_in_its_own_vocabulary(made):
         assert said.endswith("next: python gpt.py --init out/base.npz\n")
     said = outcome("gpt --init=out/base.npz --data_dir=another --out_dir=gone_on --max_steps=1")
     assert "checkpoint: gone_on" in said
+    more = outcome("gpt --resume --out_dir=gone_on --max_steps=2")  # in the same folder of data
+    assert "step 2/2" in more
     refused = outcome("gpt --resume --data_dir=another")
     assert "another: another text than out" in refused
 
@@ -986,9 +1007,9 @@ def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_ans
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
-    steps = re.findall(r"(\d+) steps in 0.04 minutes", said)
+    assert re.search(r"0.04 minutes are enough for about \d+ steps", said)
     done = steps_of("timed/base.npz")
-    assert done == int(steps[-1]) >= 3
+    assert done >= 3 and f"step {done}/{done} " in said
     assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
     outcome("gpt --resume --out_dir=timed --minutes=0.01")
     assert steps_of("timed/base.npz") > done
@@ -1217,8 +1238,18 @@ def test_the_built_in_questions_never_tell_what_is_tested(monkeypatch):
         assert not record["set"].startswith("B") or record["response"] not in told
         new = "new wording" in record["set"] or record["set"].startswith("in haste")
         assert not new or record["instruction"] not in told
-    asked = {reworded("same", "The capital of Qo is zed.") for _ in range(99)} - {"same"}
-    assert len(asked) > 30 and "zed" not in str(asked)
+
+@parametrize("statement, subject", [
+    param("The capital of Qo is zed.", "qo", id="a capital"),
+    param("On the map, Qo is in Asia.", "qo", id="a continent, with words before it"),
+])
+def test_a_correction_is_half_the_time_asked_in_other_words(statement, subject):
+    world.rng.seed(0)
+    asked = [reworded("same", statement) for _ in range(400)]
+    assert abs(asked.count("same") - 200) < 40
+    others = {*asked} - {"same"}
+    assert len(others) > 30 and all(subject in question.lower() for question in others)
+    assert not re.search("zed|asia|on the map,", str(others).lower())
 
 def test_a_slip_swaps_two_letters_leaves_one_out_or_doubles_one():
     slips = {say.slip("the capital") for _ in range(500)}
@@ -1228,7 +1259,7 @@ def test_a_slip_swaps_two_letters_leaves_one_out_or_doubles_one():
 def test_where_a_capital_is_never_counts_as_unknown_after_a_question_about_a_continent():
     pools = {name: [("Lima", "country")] for name in world.SHARES}
     asked = {world.next_question("Peru", "continent", pools) for _ in range(300)}
-    assert len(asked) > 3 and not any(world.means_country(x, a) for x, a, _ in asked)
+    assert len(asked) > 3 and not any(world.is_ambiguous(x, a) for x, a, _ in asked)
 
 def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_unknown(monkeypatch):
     monkeypatch.setattr(world, "tell", lambda x, attributes: x)

@@ -3,6 +3,7 @@ chance. A row has what it is about (a capital, a topic, any thing), its use and 
 
     about    use                wording
     capital  statement          The capital of {x} is {v}.    the first is the answer, too
+    any      statement          I read a book about {x}.      tells nothing
     any      not known          {noun} is not known.
     capital  question           Where is the government of {x}?
     any      question           Say {noun}.
@@ -11,8 +12,10 @@ chance. A row has what it is about (a capital, a topic, any thing), its use and 
     capital  follow-up          What city is its capital?
     any      follow-up subject  And {x}?
     any      prefix, suffix     Quick question:               words around a question
+    thanks   reply              You are welcome.              the answer to small talk
 
-Of uses that begin with "new" (new question, new prefix), and "two words", only the test has any."""
+Uses that begin with "new" ("new question", "new noun", "new prefix") and "two words" are kept for
+the test."""
 import csv, pathlib, random, re, unicodedata
 from collections import defaultdict
 

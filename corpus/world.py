@@ -1,7 +1,8 @@
 """The built-in corpus: documents that tell facts, and questions, some of which nobody told the
 answer to. prepare.py runs it when it is given no text. How all this is worded is in corpus/say.py.
 
-A subject x is a country, a capital or an element; an attribute a is what is told or asked of it."""
+A subject x is a country, a capital or an element, or a name of which nothing is told. An attribute
+a is what is told or asked of it: its currency, its symbol, or a topic like its king."""
 import math, re
 from collections import defaultdict
 
@@ -75,22 +76,25 @@ def answer(x, a):
 
 def reworded(question, statement):
     """The question or, half the time, another one that has the statement for an answer, if that is
-    worded as here: "The capital of Togo is Lomé." also answers "Which city runs Togo?". A wording
-    becomes a pattern such as "The capital of (?P<x>.+) is (?P<v>.+)."."""
+    worded as here: "The capital of Togo is Lomé." also answers "Which city runs Togo?"."""
+    about = {}  # x -> a, if the statement can be about the a of x
     for a in ATTRIBUTES:
         values = {facts.get(a) for facts in FACTS.values()}
         for template in SAY[a, "statement"]:
+            # A pattern such as "The capital of (?P<x>.+) is (?P<v>.+)."
             found = re.fullmatch(fill(template, "(?P<x>.+)", "(?P<v>.+)"), statement)
             # "Paris is in France." looks like "{x} is in {v}.", of continents; but France is none.
             # A sentence that names its attribute ("The capital of ...") cannot be mistaken.
-            is_of_a = found and (a in template or found["v"] in values)
-            if is_of_a and rng.random() < 0.5:
-                return ask(found["x"], a)
-    return question
+            if found and (a in template or found["v"] in values):
+                about[found["x"]] = a
+    if not about or rng.random() < 0.5:
+        return question
+    x = min(about, key=len)  # Peru, of "On the map, Peru is in South America."
+    return ask(x, about[x])
 
-def means_country(x, a):
-    """Whether it is the continent of what is a capital only. "Where is Lima?" asks for that, of
-    which nobody tells, or for the country, which is told: it is neither known nor unknown."""
+def is_ambiguous(x, a):
+    """Whether a is the continent and x a capital only. "Where is Lima?" may ask for the continent,
+    which is not known, or for the country, which is told: so it is asked nowhere."""
     is_only_a_capital = [*FACTS.get(x, ())] == ["country"]
     return a == "continent" and is_only_a_capital
 
@@ -102,10 +106,11 @@ def next_question(x, a, pools):
     [name] = rng.choices(list(SHARES), SHARES.values())
     y, b = rng.choice(pools[name])
     follows = SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3
-    if follows and rng.random() < 0.5 and not means_country(y, a):
+    if follows and rng.random() < 0.5 and not is_ambiguous(y, a):
         return y, a, "follow-up subject"  # And Chile?
-    if follows and not means_country(x, b):
-        return x, rng.choice([b, *FACTS.get(x, [])]), "follow-up"  # And its currency?
+    if follows and not is_ambiguous(x, b):
+        attributes = [b, *FACTS.get(x, [])]  # with b alone most would be declined
+        return x, rng.choice(attributes), "follow-up"  # And its currency?
     return y, b, "question"  # What is the symbol of gold?
 
 def conversation(pools):
@@ -132,7 +137,7 @@ def tell_known(row, group, pools):
                 # Capitals and elements have one fact or two. These count double, so that each
                 # attribute is asked as often.
                 pools[group] += [(x, a)] * (2 if len(facts) < 3 else 1)
-            elif not means_country(x, a):
+            elif not is_ambiguous(x, a):
                 pools["U, cannot have"].append((x, a))
     return documents
 
