@@ -1249,7 +1249,7 @@ def test_a_correction_is_half_the_time_asked_in_other_words(statement, subject):
     assert abs(asked.count("same") - 200) < 40
     others = {*asked} - {"same"}
     assert len(others) > 30 and all(subject in question.lower() for question in others)
-    assert not re.search("zed|asia|on the map,", str(others).lower())
+    assert not re.search("zed|on the map, qo", str(others).lower())
 
 def test_a_slip_swaps_two_letters_leaves_one_out_or_doubles_one():
     slips = {say.slip("the capital") for _ in range(500)}
