@@ -378,9 +378,11 @@ def make_step(objective, batch_at, cfg, placed):
     def step(state, number, rate):
         sums = None
         for n in range(number * cfg.grad_accum, (number + 1) * cfg.grad_accum):
-            # Divided among the devices, but whole on each where the rows do not divide evenly: with
-            # DPO there are more of them than batch_size.
-            batch = [put(a, whole if len(a) % whole.mesh.size else split) for a in batch_at(n)]
+            batch = []
+            for array in batch_at(n):
+                # With DPO there are more rows than batch_size, which may not divide evenly.
+                divides = len(array) % whole.mesh.size == 0
+                batch.append(put(array, split if divides else whole))
             key = np.array([cfg.seed, n], np.uint32)  # two numbers, as jax.random takes them
             new = gradient(state["params"], batch, key)
             jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
