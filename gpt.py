@@ -613,8 +613,8 @@ def log_of(path):
 
 def steps_in_time(cfg, done, ticks):
     """cfg with as many steps as --minutes have room for at the pace so far. ticks: when the run was
-    started and when each step since then ended, in seconds. With --minutes 1, begun at -30, and
-    20 steps done at 1, 2 ... 20, there is time for 10 more: max_steps is 30."""
+    started and when each step since then ended, in seconds. With --minutes 1, begun at -46, and
+    steps done at 1, 2, 3 and 4, there is time for 10 more: max_steps is 14."""
     began, first, *_, now = ticks
     timed = len(ticks) - 2  # steps, but not the first, in which all was compiled
     pace = max(1e-9, (now - first) / timed)  # seconds a step
