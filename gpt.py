@@ -582,6 +582,8 @@ def load_checkpoint(path, to_resume=False):
                 found.append(a)
         tokenizer = Tokenizer.load(path)
         tokenizer.words = about.get("words", {})
+    except FileNotFoundError:
+        raise
     except Exception as e:  # a damaged file can raise nearly anything
         raise InputError(f"{path}: no whole checkpoint ({printable(str(e))[:99]}); there may be an"
                          " earlier one, *.prev.npz") from None
@@ -622,7 +624,7 @@ def steps_in_time(cfg, done, ticks):
     steps = done + max(0, int(left / pace))
     steps = int(of_all(steps).min())  # all processes end together
     if len(ticks) == 4:  # the first time
-        say(f"{cfg.minutes:g} minutes are enough for about {steps} steps")
+        show_progress(f"{cfg.minutes:g} minutes are enough for about {steps} steps", last=True)
     return replace(cfg, max_steps=steps)
 
 def as_line(row):
@@ -878,7 +880,9 @@ def main(argv):
               file=sys.stderr, flush=True)
         os._exit(2)  # at once: jax would wait for the others
     show_sample(cfg, state["params"], tokenizer)
-    say(f"checkpoint: {path}\nnext: python sft.py   (or python chat.py {path} continues a text)")
+    flags = f" --init {path} --data_dir {data_dir}" if given & {"data_dir", "out_dir"} else ""
+    say(f"checkpoint: {path}\nnext: python chat.py {path} continues a text, or\n"
+        f"python sft.py{flags} teaches it to answer")
 
 if __name__ == "__main__":
     run(main)

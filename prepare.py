@@ -184,7 +184,8 @@ def read_lines(path):
             text = io.TextIOWrapper(raw, "utf-8-sig", "replace")
             while line := text.readline(LONGEST_LINE):
                 if "\ufffd" in line:
-                    count("lines with bytes that are not UTF-8", f"{name}:{number}")
+                    count("lines with U+FFFD, mostly for bytes that are not UTF-8",
+                          f"{name}:{number}")
                 yield line, f"{name}:{number}"
                 number += line.endswith("\n")
         except (OSError, EOFError, zlib.error) as e:
@@ -442,7 +443,7 @@ def write_questions(path, rows):
                 file.write(f"{line}\n".encode())
 
 def main(argv):
-    s, _ = read_flags(Settings, argv, __doc__)
+    s, given = read_flags(Settings, argv, __doc__)
     if s.tokenizer and s.vocab_size:
         raise InputError("--tokenizer has its vocabulary; leave out --vocab_size")
     tokenizer = Tokenizer.load(s.tokenizer) if s.tokenizer else None
@@ -460,8 +461,12 @@ def main(argv):
     write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
     write_questions(out_dir / "qa.jsonl", questions)
     write_questions(out_dir / "qa_test.jsonl", test)
-    base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
-    say("next: python gpt.py" + (f" --init {base}" if s.tokenizer else ""))
+    command = "python gpt.py"
+    if s.tokenizer:
+        command += f" --init {s.tokenizer if s.tokenizer.endswith('.npz') else 'out/base.npz'}"
+    if "out_dir" in given:
+        command += f" --data_dir {out_dir}"
+    say(f"next: {command}")
 
 # ---------------------------------------------------------------- helpers of all scripts
 def available_cores():

@@ -225,7 +225,8 @@ def rows_of(examples, tokenizer, T):
         length = max(len(ids) for ids, _ in rendered)
         lengths.append(length)
         if length > T:
-            count(f"record(s) longer than the context of {T} tokens", example.source)
+            count(f"of {len(examples)} examples, longer than the context of {T} tokens",
+                  example.source)
         else:
             rows.append([shift(ids, trained, T) for ids, trained in rendered])
     report()
@@ -235,6 +236,26 @@ def rows_of(examples, tokenizer, T):
     if not rows:
         raise InputError(f"no example fits the context of {T} tokens")
     return np.array(rows)
+
+def joined(rows, seed):
+    """Rows (N, 1, 3, T) -> rows in which as many of these stand one after the other, by chance, as
+    fit; each of them so often that 2,000 are put together. As in a chat, where a question has
+    mostly nothing to do with the one before."""
+    T = rows.shape[-1]
+    between = np.array([[END], [USER], [0]])  # x, y, w where an example ends and the next begins
+    rng = np.random.default_rng(seed)
+    longer = []
+    for _ in range(1 + 2000 // len(rows)):
+        for [row] in rng.permutation(rows):
+            row = row[:, :len(np.trim_zeros(row[0]))]  # without the padding
+            if longer and longer[-1].shape[1] + 1 + row.shape[1] <= T:
+                longer[-1] = np.hstack([longer[-1], between, row])
+            else:
+                longer.append(row)
+    new = np.zeros((len(longer), 1, 3, T), np.uint16)
+    for [padded], row in zip(new, longer):
+        padded[:, :row.shape[1]] = row
+    return new
 
 def show(rows, tokenizer):
     """Print rows (N, 3, T) as text; what is trained is in brackets. The tokenizer is one that names
@@ -272,10 +293,10 @@ def examine(models, cfg, tokenizer, test):
     said = np.array([answer_all(params, cfg, tokenizer, test) for params in models])
     marks = np.where(said == wanted, "right", "wrong")  # (models, questions)
     marks = np.where(said == DONT_KNOW, "declined", marks)
-    say(f"{'set':<24}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
+    say(f"{'set':<28}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
     for name in dict.fromkeys(sets):
         marks_here = marks[:, sets == name]
-        line = f"{printable(name):<24}{marks_here.shape[1]:>10}"
+        line = f"{printable(name):<28}{marks_here.shape[1]:>10}"
         for mark in ("right", "declined", "wrong"):
             percents = 100 * (marks_here == mark).mean(axis=1)
             line += f"{' -> '.join(f'{percent:.1f}' for percent in percents):>18}"
@@ -468,19 +489,19 @@ def learn_words(about, tokenizer, text_ids, rows):
 def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
     or, with the parameters before it, by DPO."""
-    checksum = zlib.crc32(rows)
-    if before:
-        checksum = zlib.crc32(before["blocks"][0]["attn"]["wqkv"], checksum)
+    weights = before["blocks"][0]["attn"]["wqkv"] if before else b""
+    checksum = zlib.crc32(rows, zlib.crc32(weights))
     text_ids = text_to_replay(cfg, about)
     if not cfg.resume:
         learn_words(about, tokenizer, text_ids, rows)
     held_out, rows = np.split(rows, [n_held])
+    if cfg.pairs and not before:  # the built-in ones are conversations already
+        rows = joined(rows, cfg.seed)
     # A fifth of each batch is pretraining text, so that it is not forgotten (arXiv 2503.21676).
     n_replayed = round(cfg.batch_size / 5) if len(text_ids) else 0
     n_new = cfg.batch_size - n_replayed
     objective = with_fixed_rows(dpo_loss if before else gpt.loss, text_ids, cfg)
     reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
-
     def batch_of(some):  # (m, n, 3, T) -> x, y, w, each (m n, T)
         x, y, w = some.reshape(-1, 3, cfg.block_size).swapaxes(0, 1)
         batch = [np.int32(x), np.int32(y), np.float32(w)]

@@ -713,8 +713,8 @@ def made(tmp_path_factory):
         yield "".join(map(outcome, commands))
 
 def test_the_road_from_text_to_answers(made):
-    assert re.search("python sft.py.*: 1 record.s. longer.*"  # after pairs.json, and prefs.json
-                     ": 9 record.s. longer.*27 examples, 1 of", made, re.S)
+    assert re.search("python sft.py.*: 1 of 4 examples, longer.*"  # of pairs.json; prefs.json
+                     ": 9 of 36 examples, longer.*27 examples, 1 of", made, re.S)
     assert documents() == DOCUMENTS
     [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
     assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
@@ -730,7 +730,8 @@ def test_the_road_from_text_to_answers(made):
     assert outcome("chat --prompt='who rann?'") == "the rat ran\n"
     assert outcome("sft pairs.json --show=1") == (
         "left out: 4 field(s) not used: rejected (the first: pairs.json:1)\n"
-        "left out: 1 record(s) longer than the context of 96 tokens (the first: pairs.json:4)\n"
+        "left out: 1 of 4 examples, longer than the context of 96 tokens"
+        " (the first: pairs.json:4)\n"
         "<|user|> where is the cat?<|assistant|>[ the cat sat on the mat<|end|>]\n")
 
 def test_a_base_model_is_asked_to_begin_a_document(made, monkeypatch):
@@ -740,27 +741,29 @@ def test_a_base_model_is_asked_to_begin_a_document(made, monkeypatch):
     asked = sample.call_args.args[1]
     assert asked[0] == END and END not in asked[1:]
 
-def test_fine_tuning_takes_the_rows_by_chance_but_never_the_held_out_and_replays(made, monkeypatch):
+def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays(made, monkeypatch):
     answers = ["X" * n for n in range(1, 21)]  # told apart by their lengths
     write("lengths.json", "\n".join(f'{{"prompt": "?", "response": "{a}"}}' for a in answers))
     train = Mock(return_value={"params": None})
     monkeypatch.setattr(gpt, "train", train)
     outcome("sft lengths.json --init=out/base.npz --batch_size=4")
     batch_at = train.call_args.args[4]
-    lengths = []
+    lengths = []  # of the answers, in each row
     replayed = set()
-    for x, y, w in map(batch_at, range(19)):  # 3 of the 19 rows left, and one replayed
-        lengths += w[:3].sum(1).tolist()
+    for x, y, w in map(batch_at, range(90)):  # 3 rows, and one replayed
+        assert (x[:, 1:] == y[:, :-1])[w[:, 1:] > 0].all()
+        for row in w[:3].astype(int):
+            lengths.append([len(ones) for ones in "".join(map(str, row)).split("0") if ones])
         replayed.add(x[3].tobytes())
-    assert {*Counter(lengths).values()} == {3}
-    once = lengths[:18]  # in 6 batches
-    assert len({*once}) == 18 and once != sorted(once)
-    assert len(replayed) > 1
+    assert np.mean([len(row) for row in lengths]) > 4
+    often = Counter(sum(lengths, [])).values()
+    assert len(often) == 19 and max(often) < 1.2 * min(often)  # one of 20 is held out
+    assert len({*map(str, lengths)}) > 200 and len(replayed) > 1
 
 def test_a_resumed_run_has_the_same_examples_though_their_slips_could_be_read(made):
     slips = [*say.slips_in("elephant")]  # one of them is held out, and no other row has it
-    write("slips.json", "\n".join(
-        json.dumps({"prompt": f"an elephant, an {slip}?", "response": "the cat"}) for slip in slips))
+    pairs = [{"prompt": f"an elephant, an {slip}?", "response": "the cat"} for slip in slips]
+    write("slips.json", "\n".join(map(json.dumps, pairs)))
     outcome("sft slips.json --init=out/base.npz --out_dir=slips --max_steps=2")
     assert "is finished, with 2 steps" in outcome("sft --resume --out_dir=slips")
 
@@ -967,7 +970,7 @@ def test_a_base_goes_on_with_another_text_in_its_own_vocabulary(made):
     write("another.txt", "the hat sat on the cat, the mat ran 日本\n" * 99)
     for source in ("data/tokenizer.json", "out/base.npz"):
         said = outcome(f"prepare another.txt --out_dir=another --tokenizer={source}")
-        assert said.endswith("next: python gpt.py --init out/base.npz\n")
+        assert said.endswith("next: python gpt.py --init out/base.npz --data_dir another\n")
     said = outcome("gpt --init=out/base.npz --data_dir=another --out_dir=gone_on --max_steps=1")
     assert "checkpoint: gone_on" in said
     more = outcome("gpt --resume --out_dir=gone_on --max_steps=2")  # in the same folder of data
@@ -1159,8 +1162,8 @@ REFUSED = [  # a command; its error, by a regular expression
     ("gpt --data_dir=odd", "odd.train.bin: damaged"),
     ("gpt --data_dir=foreign", "not a tokenizer"),
     ("gpt --init=text.jsonl", f"text.jsonl: {NO_CHECKPOINT}"),
-    ("gpt --resume --out_dir=nowhere", f"base.npz: {NO_CHECKPOINT}"),
-    ("chat none.npz", f"none.npz: {NO_CHECKPOINT}"),
+    ("gpt --resume --out_dir=nowhere", "base.npz: No such file"),
+    ("chat none.npz", "none.npz: No such file"),
     # Settings
     ("prepare text.jsonl --vocab_size=3", "--vocab_size 3: must be from 259 to 65536"),
     ("gpt --learning_rate=nan", "--learning_rate nan: must be from 0 to 1"),
