@@ -196,8 +196,7 @@ def causal_heads(q, k, v):
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
         allowed = np.tri(end - start, end, start, dtype=bool)  # query start + i: keys to start + i
-        some_q = q[:, start:end]
-        parts.append(some_heads(some_q, k[:, :end], v[:, :end], allowed))
+        parts.append(some_heads(q[:, start:end], k[:, :end], v[:, :end], allowed))
     return jnp.concatenate(parts, axis=1)
 
 def attention(x, wqkv, wo, position, cache, cfg):
@@ -286,8 +285,8 @@ def rounded_forward(x, w, axis):
     return rounded(x, w, (-1, axis)), saved
 
 def rounded_backward(axis, saved, dy):
-    # With axis=0: dx = dy w^T, dw = x^T dy; with axis=1: dx = dy w, dw = dy^T x. (custom_vjp puts
-    # axis, which has no gradient, first.)
+    # With axis=0: dx = dy w^T, dw = x^T dy; with axis=1: dx = dy w, dw = dy^T x. JAX passes what
+    # has no gradient, axis, first.
     x, w = saved
     leading = list(range(x.ndim - 1))  # all axes but the last: the gradient of w is a sum over them
     a, b = (x, dy) if axis == 0 else (dy, x)
@@ -880,9 +879,10 @@ def main(argv):
               file=sys.stderr, flush=True)
         os._exit(2)  # at once: jax would wait for the others
     show_sample(cfg, state["params"], tokenizer)
-    flags = f" --init {path} --data_dir {data_dir}" if given & {"data_dir", "out_dir"} else ""
-    say(f"checkpoint: {path}\nnext: python chat.py {path} continues a text, or\n"
-        f"python sft.py{flags} teaches it to answer")
+    folders = ""
+    if (cfg.data_dir, cfg.out_dir) != ("data", "out"):
+        folders = f" --init {path} --data_dir {cfg.data_dir} --out_dir {cfg.out_dir}"
+    say(f"checkpoint: {path}\nnext: python sft.py{folders}   (or python chat.py {path})")
 
 if __name__ == "__main__":
     run(main)

@@ -463,7 +463,8 @@ def main(argv):
     write_questions(out_dir / "qa_test.jsonl", test)
     command = "python gpt.py"
     if s.tokenizer:
-        command += f" --init {s.tokenizer if s.tokenizer.endswith('.npz') else 'out/base.npz'}"
+        base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
+        command += f" --init {base}"
     if "out_dir" in given:
         command += f" --data_dir {out_dir}"
     say(f"next: {command}")
@@ -599,6 +600,7 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 def copy(path, name):
+    """A second copy of a file, whole or not at all."""
     with whole_file(name) as file, open(path, "rb") as original:
         shutil.copyfileobj(original, file)
 

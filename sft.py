@@ -502,6 +502,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
     n_new = cfg.batch_size - n_replayed
     objective = with_fixed_rows(dpo_loss if before else gpt.loss, text_ids, cfg)
     reference_log_probs = jax.jit(partial(log_probs, cfg=cfg))
+
     def batch_of(some):  # (m, n, 3, T) -> x, y, w, each (m n, T)
         x, y, w = some.reshape(-1, 3, cfg.block_size).swapaxes(0, 1)
         batch = [np.int32(x), np.int32(y), np.float32(w)]
@@ -516,8 +517,7 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
             batch[:3] = [np.concatenate(parts) for parts in zip(batch, replayed)]
         return batch
 
-    def validate(params):
-        """-> (mean loss of what is held out, None for the bits a byte), as gpt.train takes it."""
+    def validate(params):  # -> (mean loss of what is held out, None for the bits a byte)
         if not n_held:
             return None, None
         parts = np.array_split(held_out, n_held // 32 + 1)  # of at most two sizes
