@@ -109,31 +109,30 @@ def tokens_a_step(cfg):
 
 # ---------------------------------------------------------------- parameters: nested dicts
 def init_params(cfg, rng=None):
-    """The parameters as nested dicts of float32 arrays. Matrices that read the residual stream (x
-    in forward) are normal, those that add to it zero: a block begins as the identity. rng: NumPy's
+    """The parameters as nested dicts of float32 arrays: gains are 1, matrices normal. rng: NumPy's
     generator, so that all versions of JAX begin alike; without one all matrices are zero:
     load_checkpoint only wants the shapes."""
     C = cfg.n_embd
+    # In matrices that read the residual stream (x in forward) numbers are so large that a product
+    # is about as large as the vector it is made of. In those that add to it, and in the embedding,
+    # they are small: a block begins as nearly the identity.
+    reads, adds = 1 / math.sqrt(C), 0.02
 
-    # With 1 / sqrt(C) a product's numbers are about as large as those of the vector it is made of.
-    def normal(*shape, scale=1 / math.sqrt(C)):
-        return np.float32(rng.normal(0, scale, shape)) if rng else zeros(*shape)
-
-    def zeros(*shape):
-        return np.zeros(shape, np.float32)
+    def normal(scale, *shape):
+        return np.float32(rng.normal(0, scale, shape) if rng else np.zeros(shape))
 
     def block():
         return {  # the keys are the names of what attention() and feed_forward() take
-            "norm1": zeros(C) + 1,
-            "attn": {"wqkv": normal(C, 3 * C), "wo": zeros(C, C)},
-            "norm2": zeros(C) + 1,
-            "mlp": {"w_up": normal(C, 4 * C), "w_down": zeros(4 * C, C)},
+            "norm1": np.ones(C, np.float32),
+            "attn": {"wqkv": normal(reads, C, 3 * C), "wo": normal(adds, C, C)},
+            "norm2": np.ones(C, np.float32),
+            "mlp": {"w_up": normal(reads, C, 4 * C), "w_down": normal(adds, 4 * C, C)},
         }
 
     blocks = [block() for _ in range(cfg.n_layer)]
-    # The token embedding. It is the output layer too: small numbers give a first loss near ln V.
-    wte = normal(cfg.vocab_size, C, scale=0.02)
-    return {"wte": wte, "blocks": blocks, "norm": zeros(C) + 1}
+    # The token embedding is the output layer too: small numbers give a first loss near ln V.
+    wte = normal(adds, cfg.vocab_size, C)
+    return {"wte": wte, "blocks": blocks, "norm": np.ones(C, np.float32)}
 
 # ---------------------------------------------------------------- layers: pure functions
 def lookup(table, ids):

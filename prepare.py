@@ -10,9 +10,9 @@ if sys.version_info < (3, 10):
     sys.exit(2)
 
 import argparse, bz2, codecs, difflib, functools, gzip, heapq, io, itertools, json, os, re, shlex
-import shutil, signal, sqlite3, tempfile, time, unicodedata, zlib
+import shutil, signal, tempfile, time, unicodedata, zlib
 from collections import Counter, defaultdict
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 import numpy as np
@@ -604,29 +604,20 @@ def copy(path, name):
     with whole_file(name) as file, open(path, "rb") as original:
         shutil.copyfileobj(original, file)
 
-def locks(file, stack):
-    """Whether it can lock a file, until the stack ends. By SQLite, whose locks work on all systems
-    and end with their process."""
-    with suppress(sqlite3.DatabaseError):
-        connection = stack.enter_context(closing(sqlite3.connect(file, timeout=0)))
-        connection.execute("begin exclusive")
-        return True
-
 @contextmanager
 def only_writer(folder):
-    """Keep a second program from writing there."""
+    """Keep a second program from writing there, by a lock that ends with its process."""
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f".lock{os.getpid()}"
-    with ExitStack() as stack:
-        if not locks(folder / ".lock", stack):
-            drive_has_locks = locks(own, stack)  # of a file that nobody else has
-            with suppress(OSError):
-                own.unlink()
-            if drive_has_locks:
-                raise InputError(f"{folder}: locked, as by a program that trains there; wait, or"
-                                 " take another --out_dir; python chat.py"
-                                 f" {folder}/base.npz talks to it")
-            say(f"{folder}: no locks on this drive; take care that nothing else trains there")
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: locked, as by a program that trains there; wait, or take"
+                             " another --out_dir; python chat.py"
+                             f" {folder}/base.npz talks to it") from None
+        except (ImportError, OSError):  # Windows has other locks, some network drives none
+            say(f"{folder}: no locks here; take care that nothing else trains there")
         yield
 
 @contextmanager

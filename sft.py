@@ -217,45 +217,43 @@ def shift(ids, trained, T):
     row[:, : len(ids) - 1] = ids[:-1], ids[1:], trained[1:]
     return row
 
-def rows_of(examples, tokenizer, T):
-    """Examples of n dialogues each -> rows (N, n, 3, T): x, y, w of those that fit the context."""
-    rows, lengths = [], []
+def that_fit(examples, tokenizer, T):
+    """Those of the examples that the context has room for; of the others one line tells."""
+    fitting, lengths = [], []
     for example in examples:
-        rendered = [render(dialogue, tokenizer) for dialogue in example.dialogues]
-        length = max(len(ids) for ids, _ in rendered)
+        length = max(len(render(dialogue, tokenizer)[0]) for dialogue in example.dialogues)
         lengths.append(length)
         if length > T:
             count(f"of {len(examples)} examples, longer than the context of {T} tokens",
                   example.source)
         else:
-            rows.append([shift(ids, trained, T) for ids, trained in rendered])
+            fitting.append(example)
     report()
-    if len(rows) < 0.75 * len(lengths):
+    if len(fitting) < 0.75 * len(examples):
         say("the context is that of the base: one that nine in ten fit is trained by python"
             f" gpt.py --block_size {sorted(lengths)[len(lengths) * 9 // 10]}")
-    if not rows:
+    if not fitting:
         raise InputError(f"no example fits the context of {T} tokens")
-    return np.array(rows)
+    return fitting
 
-def joined(rows, seed):
-    """Rows (N, 1, 3, T) -> rows in which as many of these stand one after the other, by chance, as
-    fit; each of them so often that 2,000 are put together. As in a chat, where a question has
-    mostly nothing to do with the one before."""
-    T = rows.shape[-1]
-    between = np.array([[END], [USER], [0]])  # x, y, w where an example ends and the next begins
-    rng = np.random.default_rng(seed)
-    longer = []
-    for _ in range(1 + 2000 // len(rows)):
-        for [row] in rng.permutation(rows):
-            row = row[:, :len(np.trim_zeros(row[0]))]  # without the padding
-            if longer and longer[-1].shape[1] + 1 + row.shape[1] <= T:
-                longer[-1] = np.hstack([longer[-1], between, row])
+def joined(examples, tokenizer, T, rng):
+    """Conversations of as many examples, by chance, as fit the context; each of them so often that
+    2,000 are put together. As in a chat, where a question has mostly nothing to do with the one
+    before."""
+    longer = [Example([[]], "")]
+    for _ in range(1 + 2000 // len(examples)):
+        for example in rng.permutation(examples):
+            dialogue = longer[-1].chosen + example.chosen
+            if len(render(dialogue, tokenizer)[0]) <= T:
+                longer[-1] = Example([dialogue], "")
             else:
-                longer.append(row)
-    new = np.zeros((len(longer), 1, 3, T), np.uint16)
-    for [padded], row in zip(new, longer):
-        padded[:, :row.shape[1]] = row
-    return new
+                longer.append(example)
+    return longer
+
+def rows_of(examples, tokenizer, T):
+    """Examples of n dialogues each -> rows (N, n, 3, T): x, y, w."""
+    return np.array([[shift(*render(dialogue, tokenizer), T) for dialogue in example.dialogues]
+                     for example in examples])
 
 def show(rows, tokenizer):
     """Print rows (N, 3, T) as text; what is trained is in brackets. The tokenizer is one that names
@@ -471,32 +469,40 @@ def with_fixed_rows(loss, text_ids, cfg):
 
     return objective
 
-def learn_words(about, tokenizer, text_ids, rows):
-    """Note the words of the text and of the rows, {word in small letters: how often it is there},
-    for as_read. Without the text nothing is noted, or all of its other words would be taken for
-    slips."""
+def learn_words(about, tokenizer, text_ids, examples):
+    """Note the words of the text and of the examples, {word in small letters: how often it is
+    there}, for as_read. Without the text nothing is noted, or all of its other words would be taken
+    for slips."""
     noted = about.get("words", {})  # by an earlier fine-tuning, with those of the text
-    parts = []
+    texts = [message.text for example in examples for message in example.chosen]
     if not noted:  # of a long text 4 M tokens, from everywhere in it
         step = max(1024, len(text_ids) // 4096)
-        parts = [text_ids[start:start + 1024] for start in range(0, len(text_ids), step)]
-    words = Counter()
-    for ids in [*parts, *rows[:, 0, 0]]:
-        words.update(re.findall(A_WORD, tokenizer.decode(ids.tolist()).lower()))
+        for start in range(0, len(text_ids), step):
+            texts.append(tokenizer.decode(text_ids[start:start + 1024].tolist()))
+    words = Counter(re.findall(A_WORD, "\n".join(texts).lower()))
     if len(text_ids):
         tokenizer.words = about["words"] = {**words, **noted}
 
-def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
-    """Train on all rows (N, n, 3, T) but the first n_held -> the parameters after it: by imitation
-    or, with the parameters before it, by DPO."""
-    weights = before["blocks"][0]["attn"]["wqkv"] if before else b""
-    checksum = zlib.crc32(rows, zlib.crc32(weights))
+def divided(examples, tokenizer, cfg):
+    """Examples -> rows to train on and rows held out: a twentieth of the user's own. (The built-in
+    questions have a test, and are conversations already.)"""
+    by_imitation = cfg.dpo is None
+    n_held = min(len(examples) // 20, 512) if cfg.dpo or by_imitation and cfg.pairs else 0
+    say(f"{len(examples)} examples, {n_held} of them held out")
+    held_out, trained = examples[:n_held], examples[n_held:]
+    if by_imitation and cfg.pairs:
+        trained = joined(trained, tokenizer, cfg.block_size, np.random.default_rng(cfg.seed))
+    return [rows_of(some, tokenizer, cfg.block_size) for some in (trained, held_out)]
+
+def fine_tune(cfg, state, about, tokenizer, examples, path, before=None):
+    """Train on examples, in their order -> the parameters after it: by imitation or, with the
+    parameters before it, by DPO."""
     text_ids = text_to_replay(cfg, about)
     if not cfg.resume:
-        learn_words(about, tokenizer, text_ids, rows)
-    held_out, rows = np.split(rows, [n_held])
-    if cfg.pairs and not before:  # the built-in ones are conversations already
-        rows = joined(rows, cfg.seed)
+        learn_words(about, tokenizer, text_ids, examples)
+    rows, held_out = divided(examples, tokenizer, cfg)
+    weights = before["blocks"][0]["attn"]["wqkv"] if before else b""
+    checksum = zlib.crc32(rows, zlib.crc32(held_out, zlib.crc32(weights)))
     # A fifth of each batch is pretraining text, so that it is not forgotten (arXiv 2503.21676).
     n_replayed = round(cfg.batch_size / 5) if len(text_ids) else 0
     n_new = cfg.batch_size - n_replayed
@@ -518,15 +524,15 @@ def fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before=None):
         return batch
 
     def validate(params):  # -> (mean loss of what is held out, None for the bits a byte)
-        if not n_held:
+        if not len(held_out):
             return None, None
-        parts = np.array_split(held_out, n_held // 32 + 1)  # of at most two sizes
+        parts = np.array_split(held_out, len(held_out) // 32 + 1)  # of at most two sizes
         total, n = np.sum([objective(params, batch_of(part), None) for part in parts], axis=0)
         return float(total / n), None
 
     if not cfg.resume:
         about["data"] = checksum
-        if n_held:
+        if len(held_out):
             say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
     if about["data"] != checksum:
         raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
@@ -591,14 +597,12 @@ def main(argv):
         test = test or others
     if not examples:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl: name a file of questions and answers")
-    rows = rows_of(examples, tokenizer, cfg.block_size)
+    examples = that_fit(examples, tokenizer, cfg.block_size)
     if cfg.show:
-        return show(np.concatenate(rows[:cfg.show]), tokenizer)
-    rows = np.random.default_rng(cfg.seed).permutation(rows)
-    own = preferences if by_dpo else pairs  # the user's; the built-in ones have a test
-    n_held = min(len(rows) // 20, 512) if own else 0
-    say(f"{len(rows)} examples, {n_held} of them held out, {rows[:, :, 2].sum()} trained tokens")
-    params = fine_tune(cfg, state, about, tokenizer, rows, n_held, path, before)
+        rows = rows_of(examples[:cfg.show], tokenizer, cfg.block_size)
+        return show(np.concatenate(rows), tokenizer)
+    examples = np.random.default_rng(cfg.seed).permutation(examples)
+    params = fine_tune(cfg, state, about, tokenizer, examples, path, before)
     if test:
         examine([before, params] if by_dpo else [params], cfg, tokenizer, test)
     say(f"checkpoint: {path}\nnext: python chat.py {path}")
