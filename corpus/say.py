@@ -13,6 +13,7 @@ chance. A row has what it is about (a capital, a topic, any thing), its use and 
     any      follow-up subject  And {x}?
     any      prefix, suffix     Quick question:               words around a question
     thanks   reply              You are welcome.              the answer to small talk
+    place    ending             land                          of made-up names
 
 Uses that begin with "new" ("new question", "new noun", "new prefix") and "two words" are kept for
 the test."""
@@ -39,9 +40,8 @@ def wording(use, about="any"):
     own = SAY[about, use]
     shared = SAY["any", use] if SAY[about, "name"] else []
     some = [wordings for wordings in (own, shared) if wordings]
-    if not some:  # a topic without a name, such as jokes: it has questions and nothing else
-        some = [SAY[about, "question"]]
-    text = rng.choice(rng.choice(some))
+    # A topic without a name, such as jokes, has questions and nothing else.
+    text = rng.choice(rng.choice(some or [SAY[about, "question"]]))
     return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], about), text)
 
 def capitalized(text):

@@ -35,16 +35,13 @@ def subjects_of(row):
         subjects[capital] = subjects.get(capital, {}) | {"country": names[0]}
     return subjects
 
-def bare(name):
-    return name.lower().removeprefix("the ")
-
 WORLD = [subjects_of(row) for row in read_csv("world.csv")]
-FACTS = defaultdict(dict)  # subject -> {attribute: value}, of one of which nothing is told {}
+FACTS = {}  # subject -> {attribute: value}
 for subjects in WORLD:
     FACTS |= subjects
-KNOWN = {bare(x) for x in FACTS}
-UNKNOWN = [row for row in read_csv("unknowns.csv") if bare(row["name"]) not in KNOWN]
-TAKEN = KNOWN | {bare(row["name"]) for row in UNKNOWN}
+UNKNOWN = {row["name"]: KINDS[row["kind"]] for row in read_csv("unknowns.csv")
+           if row["name"] not in FACTS}  # name -> what is asked of it
+TAKEN = {x.lower().removeprefix("the ") for x in [*FACTS, *UNKNOWN]}
 TOPICS = sorted({row["about"] for row in read_csv("topics.csv")})
 
 ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr gr pl qu st th tr".split() + [""]
@@ -59,7 +56,7 @@ def made_up(kind):
             return name if kind == "element" else name.capitalize()
 
 def value(x, a):
-    return FACTS[x].get(a, "")
+    return FACTS.get(x, {}).get(a, "")
 
 def tell(x, attributes, n):
     """n documents about x: four sentences, each a fact or that it is not known; now and then, or if
@@ -69,8 +66,9 @@ def tell(x, attributes, n):
         yield " ".join(sentence(x, a, value(x, a)) for a in told)
 
 def answer(x, a):
-    if value(x, a):
-        return fill(SAY[a, "statement"][0], x, value(x, a))
+    v = value(x, a)
+    if v:
+        return fill(SAY[a, "statement"][0], x, v)
     return (SAY[a, "reply"] or [DONT_KNOW])[0]
 
 def reworded(question, statement):
@@ -94,7 +92,7 @@ def reworded(question, statement):
 def is_ambiguous(x, a):
     """Whether a is the continent and x a capital only. "Where is Lima?" may ask for the continent,
     which is not known, or for the country, which is told: so it is asked nowhere."""
-    return a == "continent" and [*FACTS[x]] == ["country"]
+    return a == "continent" and not value(x, a) and value(x, "country") != ""
 
 LONGEST = 190  # characters of a conversation; the 64 tokens that the model sees hold about so many
 
@@ -107,13 +105,13 @@ def next_question(x, a, pools):
     if follows and chance(0.5) and not is_ambiguous(y, a):
         return y, a, "follow-up subject"  # And Chile?
     if follows and not is_ambiguous(x, b):
-        attributes = [b, *FACTS[x]]  # with b alone most would be declined
+        attributes = [b, *FACTS.get(x, [])]  # with b alone most would be declined
         return x, rng.choice(attributes), "follow-up"  # And its currency?
     return y, b, "question"  # What is the symbol of gold?
 
 def conversation(pools):
     """Questions and their answers, as many as fit."""
-    x, a = "", ""  # what was asked last
+    x = a = ""  # what was asked last
     messages, length = [], 0
     while True:
         x, a, use = next_question(x, a, pools)
@@ -125,8 +123,8 @@ def conversation(pools):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
 
 def tell_known(subjects, group, pools):
-    """Documents about a country and its capital, or an element; what is asked of them goes into
-    the pools."""
+    """Documents about a country and its capital, or an element. What is asked of them goes into the
+    pools; so below."""
     for x, facts in subjects.items():
         yield from tell(x, facts, 18 + 3 * len(facts))
         yield from tell(x, ATTRIBUTES, 3)
@@ -142,8 +140,7 @@ def tell_unknown(train, test):
     """Documents about the names of unknowns.csv. A third of these is for the test; so are those
     with a word of B's: declining El Dorado would teach to decline El Salvador."""
     never_asked = {word for x, _ in test["B"] for word in x.split()}
-    for row in UNKNOWN:
-        x, attributes = row["name"], KINDS[row["kind"]]
+    for x, attributes in UNKNOWN.items():
         name = "U, mentioned" if chance(0.2) else "U, nowhere, real"
         if name == "U, mentioned":
             yield from tell(x, [], 3)
@@ -153,15 +150,6 @@ def tell_unknown(train, test):
         pools[name] += [(x, a) for a in attributes]
         if pools is train:
             yield from tell(x, attributes, 1)
-
-def tell_made_up(train, test):
-    """Documents about made-up names; other such names are asked."""
-    for kind, attributes in KINDS.items():
-        for _ in attributes * 150:
-            yield from tell(made_up(kind), attributes, 1)
-        for a in attributes * 1000:
-            pools = test if chance(0.05) else train
-            pools["U, nowhere, made up"].append((made_up(kind), a))
 
 def divide(tell_b):
     """-> (documents, what to train on, what to test with: {set: [(subject, attribute), ...]}).
@@ -178,19 +166,23 @@ def divide(tell_b):
         documents += tell_known(subjects, "A", train)
     documents += tell_unknown(train, test)
     for topic in TOPICS:
-        is_small_talk = SAY[topic, "reply"]
-        pools = train if is_small_talk or not chance(0.1) else test
-        name = "small talk" if is_small_talk else "U, other matters"
+        replies = SAY[topic, "reply"]  # to small talk; nobody told of other topics
+        pools = train if replies or not chance(0.1) else test
+        name = "small talk" if replies else "U, other matters"
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
-    documents += tell_made_up(train, test)
+    for kind, attributes in KINDS.items():
+        for _ in attributes * 150:  # other names than those that are asked
+            documents += tell(made_up(kind), attributes, 1)
+        for a in attributes * 1000:
+            pools = test if chance(0.05) else train
+            pools["U, nowhere, made up"].append((made_up(kind), a))
     return documents, train, test
 
-def examined(name, pool, n, ask, use):
+def examined(name, pool, n, asked, use):
+    """n questions about what is in the pool, asked by ask or ask_in_haste."""
     for x, a in rng.choices(pool, k=n):
-        yield {"set": name, "attribute": a, "value": value(x, a), "instruction": ask(x, a, use),
+        yield {"set": name, "attribute": a, "value": value(x, a), "instruction": asked(x, a, use),
                "response": answer(x, a)}
-
-IN_HASTE = ["slip in a word", "slip in the name", "with chatter", "in two words", "in capitals"]
 
 def examination(pools):
     """Questions to test with: of A and B 300 in seen and 300 in new wordings, of each kind of U
@@ -201,7 +193,7 @@ def examination(pools):
                 yield from examined(f"{name}, {kind}", pool, 300, ask, use)
             else:
                 yield from examined(name, pool, 100, ask, use)
-    for how in IN_HASTE:
+    for how in "slip in a word", "slip in the name", "with chatter", "in two words", "in capitals":
         yield from examined(f"in haste, {how}", pools["A"] + pools["B"], 200, ask_in_haste, how)
 
 def built_in_corpus(seed, tell_b=True):
