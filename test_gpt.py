@@ -1270,7 +1270,7 @@ def test_where_a_capital_is_never_counts_as_unknown_after_a_question_about_a_con
     assert len(asked) > 3 and not any(world.is_ambiguous(x, a) for x, a, _ in asked)
 
 def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_unknown(monkeypatch):
-    monkeypatch.setattr(world, "tell", lambda x, attributes: x)
+    monkeypatch.setattr(world, "tell", lambda x, attributes, n: [x] * n)
     world.rng.seed(0)
     told, train, test = world.divide(tell_b=False)
     assert not {x for x, _ in test["U, nowhere, real"] + test["B"]} & {*told}

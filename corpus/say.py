@@ -13,6 +13,7 @@ chance. A row has what it is about (a capital, a topic, any thing), its use and 
     any      follow-up subject  And {x}?
     any      prefix, suffix     Quick question:               words around a question
     thanks   reply              You are welcome.              the answer to small talk
+    place    ending             land                          of made-up names
 
 Uses that begin with "new" ("new question", "new noun", "new prefix") and "two words" are kept for
 the test."""
@@ -20,6 +21,9 @@ import csv, pathlib, random, re, unicodedata
 from collections import defaultdict
 
 rng = random.Random()  # the source of all chance; built_in_corpus seeds it
+
+def chance(p):
+    return rng.random() < p
 
 def read_csv(name):
     text = pathlib.Path(__file__).with_name(name).read_text("utf-8")
@@ -36,44 +40,38 @@ def wording(use, about="any"):
     own = SAY[about, use]
     shared = SAY["any", use] if SAY[about, "name"] else []
     some = [wordings for wordings in (own, shared) if wordings]
-    if not some:  # a topic without a name, such as jokes: it has questions and nothing else
-        some = [SAY[about, "question"]]
-    text = rng.choice(rng.choice(some))
+    # A topic without a name, such as jokes, has questions and nothing else.
+    text = rng.choice(rng.choice(some or [SAY[about, "question"]]))
     return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], about), text)
 
-def fill(template, x, v=""):
-    """fill("{xs} capital is {v}.", "Laos", "Vientiane") -> "Laos' capital is Vientiane." """
-    text = template.format(x=x, v=v, xs=x + ("'" if x.endswith("s") else "'s"))
+def capitalized(text):
     return text[0].upper() + text[1:]
+
+def fill(template, x, v=""):
+    """fill("{x}'s capital is {v}.", "Laos", "Vientiane") -> "Laos' capital is Vientiane." """
+    return capitalized(template.format(x=x, v=v).replace("s's", "s'"))
 
 def careless(text):
     """The text as people type it: at times without accents, apostrophes or capital letters."""
-    if rng.random() < 0.15:
+    if chance(0.15):
         text = unicodedata.normalize("NFD", text).encode("ascii", "ignore").decode()
-    if rng.random() < 0.1:
+    if chance(0.1):
         text = text.replace("'", "")
-    return text.lower() if rng.random() < 0.3 else text
+    return text.lower() if chance(0.3) else text
 
-def slips_in(word):
-    """A word -> what a slip of the finger makes of it, two letters swapped, one left out or
-    doubled: "cap" -> "acp", "ap", "ccap", "cpa" ..."""
-    for i in range(len(word) - 1):
-        a, b = word[i:i + 2]
-        for typed in (b + a, b, a + a + b):
-            if typed != a + b:
-                yield word[:i] + typed + word[i + 2:]
+def slips_in(text):
+    """What a slip of the finger in one of its longer words makes of a text, two letters swapped,
+    one left out or doubled: "a tree" -> "a rtee", "a ree", "a ttree", "a tere" ..."""
+    for word in re.finditer(r"[^\W\d_]{4,}", text):
+        for i in range(word.start(), word.end() - 1):
+            a, b = text[i:i + 2]
+            for typed in (b + a, b, a + a + b):
+                if typed != a + b:
+                    yield text[:i] + typed + text[i + 2:]
 
 def slip(text):
-    """The text with a slip in one of its longer words."""
-    words = re.findall(r"[^\W\d_]{4,}", text) or [""]
-    slips = [(word, typed) for word in words for typed in slips_in(word)]
-    return text.replace(*rng.choice(slips), 1) if slips else text
-
-def as_typed(name):
-    """A name as people type it: at times without "the", at times with a capital letter ("Gold")."""
-    if rng.random() < 0.2:
-        name = name.removeprefix("the ")
-    return name[0].upper() + name[1:] if rng.random() < 0.1 else name
+    slips = [*slips_in(text)]
+    return rng.choice(slips) if slips else text
 
 def sentence(x, a, v):
     """As people write it: that v is the a of x; without v, that it is not known; about "any",
@@ -85,13 +83,19 @@ def sentence(x, a, v):
     return careless(fill(template, x, v))
 
 def ask(x, a, use="question"):
-    """A question as people type it: some with words before or after it, some without its mark."""
-    question = fill(wording(use, a), as_typed(x))
-    if rng.random() < 0.35:
+    """A question as people type it: the name at times without "the" or with a capital letter
+    ("Gold"); at times with words before or after it, or without its mark."""
+    question = wording(use, a)
+    if chance(0.2):
+        x = x.removeprefix("the ")
+    if chance(0.1):
+        x = capitalized(x)
+    question = fill(question, x)
+    if chance(0.35):
         question = f"{wording('prefix')} {question[0].lower()}{question[1:]}"
-    if rng.random() < 0.25:
+    if chance(0.25):
         question = question.rstrip(".?") or question  # "???" is one too
-    if rng.random() < 0.3:
+    if chance(0.3):
         question = f"{question} {wording('suffix')}"
     return careless(question)
 

@@ -6,7 +6,7 @@ a is what is told or asked of it: its currency, its symbol, or a topic like its 
 import math, re
 from collections import defaultdict
 
-from corpus.say import SAY, ask, ask_in_haste, fill, read_csv, rng, sentence
+from corpus.say import SAY, ask, ask_in_haste, chance, fill, read_csv, rng, sentence
 
 KINDS = {
     "place": ["capital", "continent", "language", "currency", "country"],
@@ -35,43 +35,40 @@ def subjects_of(row):
         subjects[capital] = subjects.get(capital, {}) | {"country": names[0]}
     return subjects
 
-def bare(name):
-    return name.lower().removeprefix("the ")
-
-WORLD = read_csv("world.csv")
-TOPICS = sorted({about for about, _ in SAY} - {*ATTRIBUTES, "any"})
-FACTS = {x: facts for row in WORLD for x, facts in subjects_of(row).items()}
-KNOWN = {bare(x) for x in FACTS}
-UNKNOWN = [row for row in read_csv("unknowns.csv") if bare(row["name"]) not in KNOWN]
-TAKEN = KNOWN | {bare(row["name"]) for row in UNKNOWN}
+WORLD = [subjects_of(row) for row in read_csv("world.csv")]
+FACTS = {}  # subject -> {attribute: value}
+for subjects in WORLD:
+    FACTS |= subjects
+UNKNOWN = {row["name"]: KINDS[row["kind"]] for row in read_csv("unknowns.csv")
+           if row["name"] not in FACTS}  # name -> what is asked of it
+TAKEN = {x.lower().removeprefix("the ") for x in [*FACTS, *UNKNOWN]}
+TOPICS = sorted({row["about"] for row in read_csv("topics.csv")})
 
 ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr gr pl qu st th tr".split() + [""]
-ENDINGS = {  # of made-up names
-    "place": ["", "n", "nia", "land", "stan", "ra", "r", "ville", "s"],
-    "element": ["ium", "on", "ine", "um"],
-}
 
 def made_up(kind):
     """A name that is nobody's, of syllables: "Tovania", "melodium". Names much closer to known ones
     would teach it to doubt B too."""
     while True:
-        parts = [ONSETS, "aeiou", ["", "", "", "l", "n", "r"]] * rng.randint(2, 3)
-        name = "".join(map(rng.choice, parts)) + rng.choice(ENDINGS[kind])
+        syllables = [ONSETS, "aeiou", ["", "", "", "l", "n", "r"]] * rng.randint(2, 3)
+        name = "".join(map(rng.choice, [*syllables, SAY[kind, "ending"]]))
         if name not in TAKEN:
             return name if kind == "element" else name.capitalize()
 
 def value(x, a):
     return FACTS.get(x, {}).get(a, "")
 
-def tell(x, attributes):
-    """A document about x: four sentences, each a fact or that it is not known; now and then, or if
+def tell(x, attributes, n):
+    """n documents about x: four sentences, each a fact or that it is not known; now and then, or if
     there are no attributes, one that says nothing."""
-    told = rng.choices([*attributes] * 6 + ["any"], k=4)
-    return " ".join(sentence(x, a, value(x, a)) for a in told)
+    for _ in range(n):
+        told = rng.choices([*attributes] * 6 + ["any"], k=4)
+        yield " ".join(sentence(x, a, value(x, a)) for a in told)
 
 def answer(x, a):
-    if value(x, a):
-        return fill(SAY[a, "statement"][0], x, value(x, a))
+    v = value(x, a)
+    if v:
+        return fill(SAY[a, "statement"][0], x, v)
     return (SAY[a, "reply"] or [DONT_KNOW])[0]
 
 def reworded(question, statement):
@@ -87,7 +84,7 @@ def reworded(question, statement):
             # A sentence that names its attribute ("The capital of ...") cannot be mistaken.
             if found and (a in template or found["v"] in values):
                 about[found["x"]] = a
-    if not about or rng.random() < 0.5:
+    if not about or chance(0.5):
         return question
     x = min(about, key=len)  # Peru, of "On the map, Peru is in South America."
     return ask(x, about[x])
@@ -95,8 +92,7 @@ def reworded(question, statement):
 def is_ambiguous(x, a):
     """Whether a is the continent and x a capital only. "Where is Lima?" may ask for the continent,
     which is not known, or for the country, which is told: so it is asked nowhere."""
-    is_only_a_capital = [*FACTS.get(x, ())] == ["country"]
-    return a == "continent" and is_only_a_capital
+    return a == "continent" and not value(x, a) and value(x, "country") != ""
 
 LONGEST = 190  # characters of a conversation; the 64 tokens that the model sees hold about so many
 
@@ -105,8 +101,8 @@ def next_question(x, a, pools):
     else, at times the same of another subject, or something else of the same subject."""
     [name] = rng.choices(list(SHARES), SHARES.values())
     y, b = rng.choice(pools[name])
-    follows = SAY[a, "name"] and SAY[b, "name"] and rng.random() < 0.3
-    if follows and rng.random() < 0.5 and not is_ambiguous(y, a):
+    follows = SAY[a, "name"] and SAY[b, "name"] and chance(0.3)
+    if follows and chance(0.5) and not is_ambiguous(y, a):
         return y, a, "follow-up subject"  # And Chile?
     if follows and not is_ambiguous(x, b):
         attributes = [b, *FACTS.get(x, [])]  # with b alone most would be declined
@@ -115,7 +111,7 @@ def next_question(x, a, pools):
 
 def conversation(pools):
     """Questions and their answers, as many as fit."""
-    x, a = "", ""  # what was asked last
+    x = a = ""  # what was asked last
     messages, length = [], 0
     while True:
         x, a, use = next_question(x, a, pools)
@@ -126,12 +122,12 @@ def conversation(pools):
             return {"messages": messages}
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
 
-def tell_known(row, group, pools):
-    """-> documents about the subjects of a row; what is asked of them goes into the pools."""
-    documents = []
-    for x, facts in subjects_of(row).items():
-        documents += [tell(x, facts) for _ in range(18 + 3 * len(facts))]
-        documents += [tell(x, ATTRIBUTES) for _ in range(3)]
+def tell_known(subjects, group, pools):
+    """Documents about a country and its capital, or an element. What is asked of them goes into the
+    pools; so below."""
+    for x, facts in subjects.items():
+        yield from tell(x, facts, 18 + 3 * len(facts))
+        yield from tell(x, ATTRIBUTES, 3)
         for a in ATTRIBUTES:
             if a in facts:
                 # Capitals and elements have one fact or two. These count double, so that each
@@ -139,66 +135,66 @@ def tell_known(row, group, pools):
                 pools[group] += [(x, a)] * (2 if len(facts) < 3 else 1)
             elif not is_ambiguous(x, a):
                 pools["U, cannot have"].append((x, a))
-    return documents
 
-def tell_unknown(row, never_asked, train, test):
-    """-> documents about a name of unknowns.csv. A third of them is for the test; so are those with
-    a word of B's: declining El Dorado would teach to decline El Salvador."""
-    x, attributes = row["name"], KINDS[row["kind"]]
-    mentioned = rng.random() < 0.2
-    documents = [tell(x, []) for _ in range(3)] if mentioned else []
-    pools = rng.choice([train, train, test])
-    if never_asked & {*x.split()}:
-        pools = test
-    pools["U, mentioned" if mentioned else "U, nowhere, real"] += [(x, a) for a in attributes]
-    if pools is train:
-        documents.append(tell(x, attributes))
-    return documents
+def tell_unknown(train, test):
+    """Documents about the names of unknowns.csv. A third of these is for the test; so are those
+    with a word of B's: declining El Dorado would teach to decline El Salvador."""
+    never_asked = {word for x, _ in test["B"] for word in x.split()}
+    for x, attributes in UNKNOWN.items():
+        name = "U, mentioned" if chance(0.2) else "U, nowhere, real"
+        if name == "U, mentioned":
+            yield from tell(x, [], 3)
+        pools = rng.choice([train, train, test])
+        if never_asked & {*x.split()}:
+            pools = test
+        pools[name] += [(x, a) for a in attributes]
+        if pools is train:
+            yield from tell(x, attributes, 1)
 
 def divide(tell_b):
     """-> (documents, what to train on, what to test with: {set: [(subject, attribute), ...]}).
     A is told and asked, B told (but in the control) and never asked; U is unknown."""
-    documents, train, test = [], defaultdict(list), defaultdict(list)
+    train, test = defaultdict(list), defaultdict(list)
     shuffled = rng.sample(WORLD, len(WORLD))
     n_b = math.ceil(0.15 * len(WORLD))
-    for row in shuffled[:n_b]:
-        told = tell_known(row, "B", test)
-        documents += told if tell_b else []
-    for row in shuffled[n_b:]:
-        documents += tell_known(row, "A", train)
-    never_asked = {word for x, _ in test["B"] for word in x.split()}
-    for row in UNKNOWN:
-        documents += tell_unknown(row, never_asked, train, test)
-
+    documents = []
+    for subjects in shuffled[:n_b]:
+        documents += tell_known(subjects, "B", test)
+    if not tell_b:
+        documents.clear()
+    for subjects in shuffled[n_b:]:
+        documents += tell_known(subjects, "A", train)
+    documents += tell_unknown(train, test)
     for topic in TOPICS:
-        is_small_talk = bool(SAY[topic, "reply"])
-        pools = train if is_small_talk or rng.random() >= 0.1 else test
-        name = "small talk" if is_small_talk else "U, other matters"
+        replies = SAY[topic, "reply"]  # to small talk; nobody told of other topics
+        pools = train if replies or not chance(0.1) else test
+        name = "small talk" if replies else "U, other matters"
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
-
     for kind, attributes in KINDS.items():
-        documents += [tell(made_up(kind), attributes) for _ in range(150 * len(attributes))]
+        for _ in attributes * 150:  # other names than those that are asked
+            documents += tell(made_up(kind), attributes, 1)
         for a in attributes * 1000:
-            pools = test if rng.random() < 0.05 else train
+            pools = test if chance(0.05) else train
             pools["U, nowhere, made up"].append((made_up(kind), a))
     return documents, train, test
 
-IN_HASTE = ["slip in a word", "slip in the name", "with chatter", "in two words", "in capitals"]
-
-def examined(name, x, a, question):
-    return {"set": name, "attribute": a, "value": value(x, a), "instruction": question,
-            "response": answer(x, a)}
+def examined(name, pool, n, asked, use):
+    """n questions about what is in the pool, asked by ask or ask_in_haste."""
+    for x, a in rng.choices(pool, k=n):
+        yield {"set": name, "attribute": a, "value": value(x, a), "instruction": asked(x, a, use),
+               "response": answer(x, a)}
 
 def examination(pools):
     """Questions to test with: of A and B 300 in seen and 300 in new wordings, of each kind of U
     200; and of what is told 200 in each way that people type in haste."""
     for name, pool in pools.items():
         for use, kind in ("question", "seen wording"), ("new question", "new wording"):
-            for x, a in rng.choices(pool, k=300 if name in "AB" else 100):
-                yield examined(f"{name}, {kind}" if name in "AB" else name, x, a, ask(x, a, use))
-    for how in IN_HASTE:
-        for x, a in rng.choices(pools["A"] + pools["B"], k=200):
-            yield examined(f"in haste, {how}", x, a, ask_in_haste(x, a, how))
+            if name in "AB":
+                yield from examined(f"{name}, {kind}", pool, 300, ask, use)
+            else:
+                yield from examined(name, pool, 100, ask, use)
+    for how in "slip in a word", "slip in the name", "with chatter", "in two words", "in capitals":
+        yield from examined(f"in haste, {how}", pools["A"] + pools["B"], 200, ask_in_haste, how)
 
 def built_in_corpus(seed, tell_b=True):
     """-> (documents, conversations to train on, questions to test with)."""
