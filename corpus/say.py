@@ -42,7 +42,11 @@ def wording(use, about="any"):
     return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], about), text)
 
 def fill(template, x, v=""):
-    """fill("{xs} capital is {v}.", "Laos", "Vientiane") -> "Laos' capital is Vientiane." """
+    """A wording with the subject, x or xs, and the value v in it:
+
+    >>> fill("{xs} capital is {v}.", "Laos", "Vientiane")
+    "Laos' capital is Vientiane."
+    """
     text = template.format(x=x, v=v, xs=x + ("'" if x.endswith("s") else "'s"))
     return text[0].upper() + text[1:]
 
@@ -56,7 +60,11 @@ def careless(text):
 
 def slips_in(word):
     """A word -> what a slip of the finger makes of it, two letters swapped, one left out or
-    doubled: "cap" -> "acp", "ap", "ccap", "cpa" ..."""
+    doubled:
+
+    >>> list(slips_in("cap"))
+    ['acp', 'ap', 'ccap', 'cpa', 'cp', 'caap']
+    """
     for i in range(len(word) - 1):
         a, b = word[i:i + 2]
         for typed in (b + a, b, a + a + b):
@@ -64,7 +72,11 @@ def slips_in(word):
                 yield word[:i] + typed + word[i + 2:]
 
 def slip(text):
-    """The text with a slip in one of its longer words."""
+    """The text with a slip in one of its longer words:
+
+    >>> slip("it of gold") in [f"it of {typed}" for typed in slips_in("gold")]
+    True
+    """
     words = re.findall(r"[^\W\d_]{4,}", text) or [""]
     slips = [(word, typed) for word in words for typed in slips_in(word)]
     return text.replace(*rng.choice(slips), 1) if slips else text
