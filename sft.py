@@ -55,7 +55,11 @@ PREFERENCE = [["chosen"], ["rejected"]]  # two: the first ends as "chosen" says
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
 def text_of(content):
-    """What a turn says: text, parts of text, a number or true; null and NaN say nothing."""
+    """What a turn says: text, parts of text, a number or true; null and NaN say nothing.
+
+    >>> text_of([{"text": "H"}, {"text": "i"}]), text_of(True), text_of(None)
+    ('Hi', 'true', '')
+    """
     if content is None or content != content:
         return ""
     if isinstance(content, list):

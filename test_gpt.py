@@ -4,13 +4,13 @@ pass by hand; then what must hold for step, generation, tokenizer, masks, files,
     python -m pytest -q              # on a Mac this runs every check on the Apple GPU
     python -m pytest -q -k twin      # the tests whose name holds this word
 """
-import bz2, doctest, gzip, io, json, os, re, select, shlex, shutil, signal, socket, subprocess, sys, time
+import bz2, doctest, gzip, io, json, os, re, select, shlex, shutil, signal, socket, subprocess
+import sys, time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import DEFAULT, Mock
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -125,7 +125,7 @@ def assert_close(a, b, tolerance):
         assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), name
 
 # ---------------------------------------------------------------- model, step, generation
-@parametrize("module", [prepare, gpt, sft, say, world])
+@parametrize("module", [prepare, gpt, sft, chat, say, world])
 def test_the_examples_in_docstrings_are_right(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed
@@ -205,7 +205,7 @@ def test_each_micro_batch_has_a_dropout_key_of_its_own():
         return key[1] + 0 * params["norm"][0], 1
     cfg = replace(CFG, grad_accum=3)
     state = gpt.new_state(PARAMS)
-    step = gpt.make_step(number_in_key, lambda number: [], cfg, gpt.placements_of(state, cfg))
+    step = gpt.make_step(number_in_key, lambda n: [], cfg, gpt.placements_of(state, cfg))
     assert step(state, 4, 0.01)[1] == 13  # the mean of 12, 13 and 14
 
 def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
@@ -276,13 +276,13 @@ def naive_bpe(words, vocab_size):
     An id is a character, so that str.replace merges: bytes begin at 3, merges at 259."""
     words = ["".join(chr(3 + b) for b in word.encode()) for word in words]
     merges = []
-    while 259 + len(merges) < vocab_size:
+    for new in range(259, vocab_size):
         count = Counter(pair for word in words for pair in zip(word, word[1:]))
         best = min(count, key=lambda pair: (-count[pair], pair), default=None)
         if count[best] < 2:
             break
-        words = [word.replace("".join(best), chr(259 + len(merges))) for word in words]
-        merges.append((ord(best[0]), ord(best[1])))
+        words = [word.replace("".join(best), chr(new)) for word in words]
+        merges.append(tuple(map(ord, best)))
     return merges
 
 def tokenizer_of(text, size=320):
@@ -330,10 +330,6 @@ def test_hostile_text_takes_linear_time(text):
 def test_combining_marks_stay_in_their_word_and_digits_come_in_threes(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
-def dialogue(*texts):
-    """dialogue("hi", "ho") -> [("user", "hi", False), ("assistant", "ho", True)]"""
-    return [(["user", "assistant"][i % 2], text, i % 2 == 1) for i, text in enumerate(texts)]
-
 def test_a_word_that_training_never_had_is_read_as_the_frequent_one_a_slip_away():
     words = {"language": 99, "languages": 1, "peru": 50, "nation": 70, "nations": 20, "capital": 19}
     def as_read(typed):
@@ -346,16 +342,13 @@ def test_a_word_that_training_never_had_is_read_as_the_frequent_one_a_slip_away(
         assert as_read(typed) == typed
     assert sft.as_read("The lanugage", {}) == "The lanugage"
 
-def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
-    for question in odd_texts():
-        prompt = chat.prompt_ids(dialogue(question), TOKENIZER, 256)
-        ids, trained = sft.render(dialogue(question, "a mat"), TOKENIZER)
+def test_the_prompt_of_chat_begins_the_training_example():
+    answered = sft.Message("assistant", "a mat", trained=True)
+    for text in odd_texts():
+        asked = sft.Message("user", text)
+        prompt = chat.prompt_ids([asked], TOKENIZER, 256)
+        ids, trained = sft.render([asked, answered], TOKENIZER)
         assert prompt == ids[:len(prompt)] and trained.index(True) == len(prompt)
-    turns = dialogue(*["the cat " * 5, "a mat"] * 20, "the hat?")
-    prompts = [sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2)]
-    for n in range(48, 96):
-        longest_that_fits = next(p for p in prompts if len(p) + 24 <= n)
-        assert chat.prompt_ids(turns[:], TOKENIZER, n) == longest_that_fits
 
 def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     """The twin's batch as three pairs of rows, chosen and rejected."""
@@ -451,8 +444,6 @@ def shown(name, text, record):
           "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns and nothing around it"),
     param(r'{"prompt": "A\r\nB", "completion": "C\fD\rE"}',
           "<|user|> A\nB<|assistant|>[ C\n\nD\nE<|end|>]", id="form feed and odd line ends"),
-    param('{"prompt": "True?", "completion": true}',
-          "<|user|> True?<|assistant|>[ true<|end|>]", id="true as the answer"),
     param('{"prompt": "IN CAPITALS?", "completion": "IN CAPITALS!"}',
           "<|user|> in capitals?<|assistant|>[ IN CAPITALS!<|end|>]",
           id="a question all in capitals becomes small, an answer does not"),
@@ -549,8 +540,6 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
           ["a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado"], "next", id="odd spaces stay"),
     param("list.json", r'["one", "two\r\n"]' "\n",
           ["one", "two\n"], "next", id="a list of texts"),
-    param("jq.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}\n',
-          ["one", "two"], "next", id="records over several lines"),
     param("table.csv", 'a,"b"\n',
           ['a,"b"\n'], "table.csv: not JSON, so it is read as it stands", id="a CSV"),
     param("odd.jsonl", "{'text': 'repr'}\n",
@@ -793,8 +782,7 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
     first, later = map(json.loads, Path("out/feedback.jsonl").read_text().splitlines())
     assert first == {"prompt": [user("who ran?")], "chosen": [assistant("no rat")],
                      "rejected": [assistant("the rat ran")]}
-    assert later["prompt"][0] == user("who ran?")
-    assert later["prompt"][-1] == user("where is\nthe cat?")
+    assert later["prompt"][::2] == [user("who ran?"), user("where is\nthe cat?")]
 
 def steps_of(checkpoint):
     return gpt.load_checkpoint(checkpoint)[1]["step"]
@@ -839,15 +827,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(
 
 def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     log = log_of("out/log.csv")
-    best_step = log[np.nanargmin(log[:, 2]), 0]
-    assert steps_of("out/base.best.npz") == best_step
-    runs = [json.loads(line) for line in Path("out/runs.jsonl").read_text().splitlines()]
-    assert [run["checkpoint"] for run in runs] == ["base.npz", "chat.npz", "dpo.npz"]
-    assert runs[0]["best_step"] == best_step and runs[0]["val_loss"] == np.nanmin(log[:, 2])
-    assert runs[0]["settings"]["block_size"] == 96
-    assert f"lowest validation {runs[0]['val_loss']:.3f} " in made
-    assert runs[1]["val_loss"] is None  # nothing was held out
-    assert runs[2]["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
+    best = np.nanargmin(log[:, 2])
+    assert steps_of("out/base.best.npz") == log[best, 0]
+    base, chat, dpo = map(json.loads, Path("out/runs.jsonl").read_text().splitlines())
+    assert base["checkpoint"] == "base.npz" and dpo["checkpoint"] == "dpo.npz"
+    assert (base["best_step"], base["val_loss"]) == (log[best, 0], log[best, 2])
+    assert base["settings"]["block_size"] == 96
+    assert f"lowest validation {base['val_loss']:.3f} " in made
+    assert chat["val_loss"] is None  # nothing was held out
+    assert dpo["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
 
 def test_a_run_says_how_the_one_before_it_did(made):
     assert "of the run before" not in made
@@ -923,10 +911,8 @@ def test_a_base_goes_on_with_another_text_in_its_own_vocabulary(made):
         assert said.endswith("next: python gpt.py --init out/base.npz --data_dir another\n")
     said = outcome("gpt --init=out/base.npz --data_dir=another --out_dir=gone_on --max_steps=1")
     assert "checkpoint: gone_on" in said
-    more = outcome("gpt --resume --out_dir=gone_on --max_steps=2")  # in the same folder of data
-    assert "step 2/2" in more
-    refused = outcome("gpt --resume --data_dir=another")
-    assert "another: another text than out" in refused
+    assert "step 2/2" in outcome("gpt --resume --out_dir=gone_on --max_steps=2")  # the same text
+    assert "another: another text than out" in outcome("gpt --resume --data_dir=another")
 
 def test_questions_of_ones_own_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -944,24 +930,22 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(context, n_mes
     [example] = sft.corrections_in(path, TOKENIZER, context)
     assert len(example.chosen) == n_messages and example.chosen[-1].text == "a rat"
 
-def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(
-        made, tmp_path):
-    feedback = tmp_path / "feedback.jsonl"
-    write(feedback, """{"prompt": "What is the capital of Qo?",
-        "chosen": "The capital of Qo is Zed.", "rejected": "no"}""")
-    answers = [(f"Who {i}?", "Ho") for i in range(99)]
-    answers += [("What is the capital of Qo?", "The old answer.")] * 20
-    pairs = [sft.Example([[*map(sft.Message._make, dialogue(*said))]], "") for said in answers]
+def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(made):
+    write("qo.jsonl", """{"prompt": "The capital of Qo?",
+        "chosen": "The capital of Qo is Zed.", "rejected": "X"}""")
+    write("old.jsonl", '{"prompt": "The capital of Qo?", "response": "The old answer."}\n' * 20
+          + '{"prompt": "Who?", "response": "Ho"}\n' * 99)
+    pairs = sft.read_examples(["old.jsonl"])
     cfg = sft.Config(init="out/chat.npz")
-    once, again = (sft.learn_preferences(cfg, pairs, [], feedback, [])[0] for _ in range(2))
+    once, again = (sft.learn_preferences(cfg, pairs, [], "qo.jsonl", [])[0] for _ in range(2))
     assert once == again
     answers = [example.chosen[-1].text for example in once]
-    assert "The old answer." not in answers
-    n_corrections = answers.count("The capital of Qo is Zed.")
-    assert 0.19 < n_corrections / len(once) < 0.21
-    assert len({example.chosen[0].text for example in once[-n_corrections:]}) > 5
-    kept_by = once[0].dialogues[1]  # of an old answer nothing is rejected
-    assert not any(message.trained for message in kept_by)
+    assert {*answers} == {"Ho", "The capital of Qo is Zed."}
+    n_kept = answers.count("Ho")
+    assert n_kept == approx(0.8 * len(once), rel=0.01)
+    assert len({example.chosen[0].text for example in once[n_kept:]}) > 5
+    _, nothing = once[0].dialogues  # instead of an old answer nothing is rejected
+    assert not any(message.trained for message in nothing)
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
@@ -980,36 +964,30 @@ METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum e
 RANDOM = re.compile(r"stablehlo\.(xor|shift_left|shift_right_logical|bitcast_convert)\b")
 UNSAFE = re.compile(rf"\b(stablehlo|chlo)\.(?!({'|'.join(METAL_CAN)})\b)"  # an operation
                     r"|tensor<(\d+x){5}|tensor<(\d+x)*(?!f32|i32|i1\b)[a-z]")  # a shape or type
+# jax#25302: a transpose of a broadcast.
+TURNED = re.compile(r"(%\w+) = stablehlo\.broadcast_in_dim.*stablehlo\.transpose \1,", re.S)
 
 def not_for_metal(text):
-    """Lines that Metal has not been seen to run; a transpose of a broadcast is jax#25302."""
-    found = []
-    origin = {}  # of a value: the operation
+    """Lines that Metal has not been seen to run, and functions that transpose a broadcast."""
     text = re.sub(r"array<i64|sdy\.mesh.*", "", text)  # an attribute, and where the devices are
     if RANDOM.search(text):  # with dropout: jax.random's operations and types are seen to run too
         text = RANDOM.sub("stablehlo.add", text)
         text = re.sub(r"\bui(32|64)\b", "i32", re.sub(r"xui(32|64)\b", "xi32", text))
-    for line in text.splitlines():
-        name, op, of = re.match(r"\s*(%\w+)? ?=? ?(\S*) ?(%\w+)?", line).groups()
-        origin[name] = op
-        turned = op == "stablehlo.transpose" and origin.get(of) == "stablehlo.broadcast_in_dim"
-        if turned or UNSAFE.search(line):
-            found.append(line)
-    return found
+    lines = filter(UNSAFE.search, text.splitlines())
+    functions = filter(TURNED.search, text.split("func.func"))  # in each names begin anew
+    return [*lines, *functions]
 
 @parametrize("platforms", [("METAL",), ("cuda", "tpu")])
 def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
         made, platforms, monkeypatch):
     """Nothing is compiled or computed here: all results are ones."""
     real_jit = jax.jit
-    texts = {}  # as XLA is given it: with the run's arguments, where they are
+    texts = set()  # as XLA is given it
     def jit(f, **options):
         jitted = real_jit(f, **options)
         def call(*args):
             traced = jitted.trace(*args)
-            key = jitted, str(tree.map(np.shape, args))
-            if key not in texts:
-                texts[key] = traced.lower(lowering_platforms=platforms).as_text()
+            texts.add(traced.lower(lowering_platforms=platforms).as_text())
             return tree.map(lambda a: np.ones(a.shape, a.dtype), traced.out_info)
         return call
     monkeypatch.setattr(jax, "jit", jit)
@@ -1019,11 +997,11 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
                 "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"):
         said = outcome(f"{run} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
-    unsafe = " ".join(line for text in texts.values() for line in not_for_metal(text))
+    unsafe = " ".join(line for text in texts for line in not_for_metal(text))
     if "METAL" in platforms:
         assert unsafe == "" and len(texts) > 10
-        # In the run with dropout: its gradient, and twice that of the check.
-        assert sum(RANDOM.search(text) is not None for text in texts.values()) == 3
+        # In the run with dropout: its gradient, and that of the check.
+        assert len([*filter(RANDOM.search, texts)]) == 2
     else:  # the check sees what it must not let through
         for word in ("stablehlo.gather", "stablehlo.scatter", "bf16"):
             assert word in unsafe
@@ -1043,7 +1021,8 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
     cpu, gpu, *_ = jax.devices("cpu")
     def small_gradient(where, dropout):
         gradient = right_gradient(where, dropout).copy()
-        gradient[:1 << 16] *= factor if where == gpu else 1  # only attn's, the first numbers
+        if where == gpu:
+            gradient[:1 << 16] *= factor  # only attn's, the first numbers
         return gradient
     monkeypatch.setattr(gpt, "on_metal", lambda: gpt.device() == gpu)
     monkeypatch.setattr(gpt, "small_gradient", small_gradient)
@@ -1051,29 +1030,30 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
     gpt.check_device()
     assert gpt.device() == (cpu if problem else gpu)
     jax.config.update("jax_default_device", None)
-    says = f".* all runs on the CPU: .*{problem}.*\n" if problem else ""
-    assert re.fullmatch(says, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert said.startswith(f"{gpu} is not used, all runs on the CPU") == bool(problem)
+    assert problem in said
 
-def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(made):
+def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(
+        made, monkeypatch):
     path = Path("damaged.npz")
-    whole = Path("out/base.npz").read_bytes()
-    state = gpt.load_checkpoint("out/base.npz")[0]
     arrays = {**np.load("out/base.npz")}
     gain = arrays["params.norm"]
     for wrong in (gain * np.float32(np.nan), gain[1:], gain.astype(np.float64)):
         np.savez(path, **arrays | {"params.norm": wrong})
         assert "checkpoint (params.norm" in outcome("chat damaged.npz")
-    about = json.loads(str(arrays["about"])) | {"version": 1}
-    np.savez(path, **arrays | {"about": np.array(json.dumps(about))})
-    assert "made by another version of gpt.py" in outcome("chat damaged.npz")
+    state = state_of("out/base.npz")
+    whole = Path("out/base.npz").read_bytes()
     for place in np.random.default_rng(0).integers(len(whole), size=60):
         rest = bytes([whole[place] ^ 1]) + whole[place + 1:] if place % 2 else b""
         path.write_bytes(whole[:place] + rest)
         with suppress(InputError):
-            np.testing.assert_equal(gpt.load_checkpoint(path)[0], state)
+            np.testing.assert_equal(state_of(path), state)
     wild = "--out_dir=wild --learning_rate=1e9 --weight_decay=1e9 --warmup=0 --eval_every=1"
     assert "smaller --learning_rate" in outcome(f"gpt {TINY} {wild}")
     gpt.load_checkpoint("wild/base.npz")
+    monkeypatch.setattr(gpt, "VERSION", 9)
+    assert "made by another version of gpt.py" in outcome("chat out/base.npz")
 
 BAD_FILES = {
     "pdf": "%PDF-1.7\n", "rtf": "{\\rtf1", "html": "\n<!-- x --><!DOCTYPE html>", "docx": "PK\3\4",
@@ -1190,17 +1170,18 @@ def test_the_built_in_questions_never_tell_what_is_tested(monkeypatch):
         new = "new wording" in record["set"] or record["set"].startswith("in haste")
         assert not new or record["instruction"] not in told
 
-@parametrize("statement, subject", [
-    param("The capital of Qo is zed.", "qo", id="a capital"),
-    param("On the map, Qo is in Asia.", "qo", id="a continent, with words before it"),
+@parametrize("statement", [
+    param("The capital of Qo is zed.", id="a capital"),
+    param("On the map, Qo is in Asia.", id="a continent, with words before it"),
 ])
-def test_a_correction_is_half_the_time_asked_in_other_words(statement, subject):
+def test_a_correction_is_half_the_time_asked_in_other_words(statement):
     world.rng.seed(0)
     asked = [reworded("same", statement) for _ in range(400)]
-    assert abs(asked.count("same") - 200) < 40
-    others = {*asked} - {"same"}
-    assert len(others) > 30 and all(subject in question.lower() for question in others)
-    assert not re.search("zed|on the map, qo", str(others).lower())
+    assert asked.count("same") == approx(200, abs=40)
+    others = {question.lower() for question in asked} - {"same"}
+    assert len(others) > 30
+    for question in others:
+        assert "qo" in question and not re.search("zed|on the map, qo", question)
 
 def test_where_a_capital_is_never_counts_as_unknown_after_a_question_about_a_continent():
     pools = {name: [("Lima", "country")] for name in world.SHARES}
@@ -1216,9 +1197,8 @@ def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_u
     assert not {*trained.split()} & {word for x, _ in test["B"] for word in x.split()}
 
 def test_no_made_up_name_is_a_real_one(monkeypatch):
-    def made_up():
-        world.rng.seed(0)
-        return world.made_up("place")
-    name = made_up()
+    world.rng.seed(0)
+    name = world.made_up("place")
     monkeypatch.setattr(world, "TAKEN", {name.lower()})
-    assert made_up() != name
+    world.rng.seed(0)
+    assert world.made_up("place") != name
