@@ -38,7 +38,12 @@ class Config:
 def prompt_ids(messages, tokenizer, block_size):
     """[question, answer, ..., question] -> ids ending in <|assistant|>. While less than 24 tokens
     are left in the context, too few for a short answer, the oldest two messages are taken away,
-    from the list too."""
+    from the list too. Where each letter is a token:
+
+    >>> talk = [Message("user", "a"), Message("assistant", "b")] * 2 + [Message("user", "c")]
+    >>> [prompt_ids(talk[:], gpt.Tokenizer([]), size) for size in (35, 34)]
+    [[1, 35, 100, 2, 35, 101, 0, 1, 35, 102, 2], [1, 35, 102, 2]]
+    """
     ids, _ = sft.render(messages, tokenizer)
     while len(ids) + 24 > block_size and len(messages) > 2:
         del messages[:2]

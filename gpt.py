@@ -296,7 +296,12 @@ rounded_matmul.defvjp(rounded_forward, rounded_backward)
 
 # ---------------------------------------------------------------- optimiser and step
 def learning_rate(step, cfg):
-    """Step (from 0) -> linear warm-up, then a cosine from the peak to 0 at max_steps."""
+    """Step (from 0) -> linear warm-up, then a cosine from the peak to 0 at max_steps:
+
+    >>> cfg = Config(learning_rate=1.0, warmup=0.1, max_steps=100)
+    >>> [round(learning_rate(step, cfg), 2) for step in (0, 9, 10, 55, 100)]
+    [0.09, 0.91, 1.0, 0.5, 0.0]
+    """
     warmup = cfg.warmup * cfg.max_steps
     if step < warmup:
         return cfg.learning_rate * (step + 1) / (warmup + 1)
@@ -455,7 +460,12 @@ def make_validation(ids, tokenizer, cfg):
 def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
     """Logits (V,) of the next token -> an id. Temperature 0 takes the likeliest; top_k keeps the k
     likeliest, top_p the fewest that together have probability p (arXiv 1904.09751); the penalty
-    lowers tokens that are in `history` already (arXiv 1909.05858)."""
+    lowers tokens that are in `history` already (arXiv 1909.05858).
+
+    >>> logits = [1.0, 3.0, 2.0]
+    >>> sample(logits, [], None), sample(logits, [1], None, repetition_penalty=2.0)
+    (1, 2)
+    """
     logits = np.array(logits, np.float64)
     if repetition_penalty != 1:
         seen = np.unique(history)
@@ -613,8 +623,11 @@ def log_of(path):
 
 def steps_in_time(cfg, done, ticks):
     """cfg with as many steps as --minutes have room for at the pace so far. ticks: when the run was
-    started and when each step since then ended, in seconds. With --minutes 1, begun at -46, and
-    steps done at 1, 2, 3 and 4, there is time for 10 more: max_steps is 14."""
+    started and when each step since then ended, in seconds. Here 10 of them are left, for 10 steps:
+
+    >>> steps_in_time(Config(minutes=1), 4, [-46, 1, 2, 3, 4]).max_steps
+    14
+    """
     began, first, *_, now = ticks
     timed = len(ticks) - 2  # steps, but not the first, in which all was compiled
     pace = max(1e-9, (now - first) / timed)  # seconds a step

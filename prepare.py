@@ -42,8 +42,12 @@ WORD = re.compile(
 )
 
 def train_bpe(words, vocab_size):
-    """{word: how often it is there} -> merges, pairs of ids: train_bpe({"aa": 2}, 260) is
-    [(100, 100)], for the id of a is 100 (Sennrich 2016, arXiv 1508.07909). By definition:
+    """{word: how often it is there} -> merges, pairs of ids (Sennrich 2016, arXiv 1508.07909):
+
+    >>> train_bpe({"aaabdaaabac": 1}, 262)  # the id of a is 100
+    [(100, 100), (100, 101), (259, 260)]
+
+    By definition:
 
         while there is room in the vocabulary:
             find the pair that is there most often, of equals the smallest; if only once, stop
@@ -107,7 +111,11 @@ class Tokenizer:
         return word
 
     def encode(self, text):
-        """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?"."""
+        """Text -> list of ids. A lone surrogate, as a terminal can send, becomes "?".
+
+        >>> Tokenizer([(100, 100), (259, 101)]).encode("aab aa")  # aa is 259, aab is 260
+        [260, 35, 259]
+        """
         words = map(self.encode_word, WORD.findall(text))
         return [*map(ord, "".join(words))]
 
@@ -349,7 +357,13 @@ def frequent_words(lines, n_bytes, vocab_size):
     return dict(words.most_common(max(1 << 14, 4 * vocab_size)))
 
 def cut_of(ends, size, val_fraction):
-    """Where validation begins: where a document ends, if one does near there; else within one."""
+    """Where validation begins: where a document ends, if one does near there; else within one:
+
+    >>> [cut_of(ends, 100, 0.1) for ends in ([80, 88, 92, 95, 100], [80, 88, 100], [40, 100])]
+    [92, 88, 90]
+    >>> cut_of([2, 4], 4, 0.1)  # on both sides there must be two tokens
+    2
+    """
     wanted = int(size * (1 - val_fraction))
     near = [end for end in ends if abs(end - wanted) <= size * val_fraction / 2]
     after = [end for end in near if end >= wanted]
@@ -551,7 +565,11 @@ def show_progress(text, last=False):
         say(f"\r{text[:width]}\033[K", end="")
 
 def clock(seconds):
-    """clock(83) -> "1:23" """
+    """Minutes and seconds:
+
+    >>> clock(83)
+    '1:23'
+    """
     return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 def count(what, where):
@@ -638,7 +656,11 @@ def wishes_to_stop():
         yield wishes
 
 def draw(losses):
-    """A line of at most 72 small bars, each the mean of a part, between the first and the last."""
+    """A line of at most 72 small bars, each the mean of a part, between the first and the last:
+
+    >>> draw([4, 3, 2, 3])
+    loss 4.00 █▄▁▄ 3.00
+    """
     means = [part.mean() for part in np.array_split(losses, min(72, len(losses)))]
     heights = np.interp(means, [min(means), max(means)], [0, 7])
     bars = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)

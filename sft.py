@@ -55,7 +55,11 @@ PREFERENCE = [["chosen"], ["rejected"]]  # two: the first ends as "chosen" says
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
 def text_of(content):
-    """What a turn says: text, parts of text, a number or true; null and NaN say nothing."""
+    """What a turn says: text, parts of text, a number or true; null and NaN say nothing.
+
+    >>> text_of([{"text": "H"}, {"text": "i"}]), text_of(True), text_of(None)
+    ('Hi', 'true', '')
+    """
     if content is None or content != content:
         return ""
     if isinstance(content, list):
@@ -172,7 +176,9 @@ def as_read(question, words):
     is written in capitals ("NASA?" is too short for that); and a word that was in no text and no
     question as the most frequent that is one slip away:
 
-        "WHAT IS THE CAPTIAL OF PERU?"  ->  "what is the capital of peru?"
+    >>> words = {"language": 99, "peru": 50}
+    >>> as_read("WHICH LANUGAGE HAS PEERU?", words), as_read("NASA?", words)
+    ('which language has peru?', 'NASA?')
 
     words: {word: how often it was there}; if there are none, all words stay."""
     if question.isupper() and len(question) > 7:
@@ -211,8 +217,11 @@ def render(messages, tokenizer):
     return ids, trained
 
 def shift(ids, trained, T):
-    """shift([5, 6, 7], [False, False, True], 4) -> x [5, 6, 0, 0], y [6, 7, 0, 0], w [0, 1, 0, 0]:
-    w is 1 where the *target* y is trained."""
+    """-> x, y, w (T,), padded with zeros; w is 1 where the *target* y is trained:
+
+    >>> shift([5, 6, 7], [False, False, True], 4).tolist()
+    [[5, 6, 0, 0], [6, 7, 0, 0], [0, 1, 0, 0]]
+    """
     row = np.zeros((3, T), np.uint16)
     row[:, : len(ids) - 1] = ids[:-1], ids[1:], trained[1:]
     return row

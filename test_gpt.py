@@ -4,13 +4,13 @@ pass by hand; then what must hold for step, generation, tokenizer, masks, files,
     python -m pytest -q              # on a Mac this runs every check on the Apple GPU
     python -m pytest -q -k twin      # the tests whose name holds this word
 """
-import bz2, gzip, io, json, os, re, select, shlex, shutil, signal, socket, subprocess, sys, time
+import bz2, doctest, gzip, io, json, os, re, select, shlex, shutil, signal, socket, subprocess
+import sys, time
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import DEFAULT, Mock
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -125,6 +125,11 @@ def assert_close(a, b, tolerance):
         assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), name
 
 # ---------------------------------------------------------------- model, step, generation
+@parametrize("module", [prepare, gpt, sft, chat, say, world])
+def test_the_examples_in_docstrings_are_right(module):
+    results = doctest.testmod(module)
+    assert results.attempted and not results.failed
+
 @parametrize("dtype, near, queries", [
     param("float32", 1e-4, 3, id="float32, three blocks of queries"),
     param("bfloat16", 0.05, 9, id="bfloat16, one block"),
@@ -144,15 +149,15 @@ def test_logits_loss_and_every_gradient_equal_the_twins(dtype, near, queries, mo
 
 def test_dropout_depends_on_key_and_place_keeps_the_mean_and_is_off_without_a_key():
     cfg = replace(CFG, dropout=0.25)
-    ones = np.ones((99, 99), np.float32)
+    ones = np.ones((99, 99))
     def dropped(key, place):
-        return np.asarray(gpt.drop(ones, cfg, np.uint32([0, key]), place))
+        return gpt.drop(ones, cfg, np.uint32([0, key]), place)
     here = dropped(1, 5)
     assert (here != dropped(1, 6)).any()
     assert (here != dropped(2, 5)).any()
     assert gpt.drop(ones, cfg, None, 5) is ones
     assert np.unique(here) == approx([0, 4 / 3])
-    assert abs(here.mean() - 1) < 0.02
+    assert here.mean() == approx(1, abs=0.02)
 
 def test_adam_equals_its_closed_form_with_decay_and_clipping():
     """Its means are those of all gradients so far, each with weight beta^age."""
@@ -174,11 +179,6 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping():
         params = tree.map(new_value, params, *past)
     assert_close(state["params"], params, 1e-5)
 
-def test_the_learning_rate_warms_up_and_falls_to_zero():
-    cfg = gpt.Config(learning_rate=1.0, warmup=10 / 110, max_steps=110)
-    rates = [gpt.learning_rate(n, cfg) for n in (0, 10, 60, 110)]
-    assert rates == approx([1 / 11, 1, 0.5, 0])
-
 @parametrize("micro, shard", [
     param(1, False, id="a batch on 6 devices"),
     param(3, True, id="three micro-batches, each on 2 devices, with split parameters"),
@@ -197,16 +197,15 @@ def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(
         assert float(mean) == approx(share * sum(LOSSES), rel=1e-5)
         gradient = tree.map(lambda g: np.float32(g * share), GRADIENT)
         assert_close(state, gpt.adam(before, gradient, number + 1.0, 0.01, cfg), 1e-3)
-    n_parts = gpt.placements(cfg.batch_size)[0].mesh.size if shard else 1
-    for a in tree.leaves(state):  # split: to each device its part of the memory
-        assert a.addressable_shards[0].data.nbytes * n_parts == a.nbytes
+    for array in tree.leaves(state):
+        assert array.sharding.is_fully_replicated != shard
 
 def test_each_micro_batch_has_a_dropout_key_of_its_own():
     def number_in_key(params, batch, key):
         return key[1] + 0 * params["norm"][0], 1
     cfg = replace(CFG, grad_accum=3)
     state = gpt.new_state(PARAMS)
-    step = gpt.make_step(number_in_key, lambda number: [], cfg, gpt.placements_of(state, cfg))
+    step = gpt.make_step(number_in_key, lambda n: [], cfg, gpt.placements_of(state, cfg))
     assert step(state, 4, 0.01)[1] == 13  # the mean of 12, 13 and 14
 
 def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
@@ -221,21 +220,19 @@ def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
 ])
 def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length, begins):
     ids = np.arange(1, 401) % length  # documents, such as 1 2 3 4 and then 0, which is END
-    batches = [gpt.random_batch(ids, 8, 8, 0, number) for number in range(300)]
-    x, y, w = np.concatenate(batches, axis=1).astype(int)
+    x, y, w = gpt.random_batch(ids, 2400, 8, seed=0, number=0)
     assert (y == (x + 1) % length).all() and w.all()
     assert {*x[:, 0]} == begins
     often = np.bincount(y.ravel())
     assert often.max() < 2 * often.mean() < 4 * often.min()
 
-def test_one_document_is_read_from_an_end_before_it_to_its_last_token_and_by_its_seed():
-    places = np.arange(1, 401)
-    read, targets, _ = gpt.random_batch(places, 999, 8, 0, 0)
-    assert (read[:, :2] == [END, 1]).all(1).any()
-    assert (targets[:, 0] == 1).any()
-    assert targets.max() > 390  # to the end of the text
-    other_seed = gpt.random_batch(places, 999, 8, 1, 0)[0]
-    assert (read != other_seed).any()
+def test_a_document_is_read_from_an_end_before_it_to_its_last_token_as_seed_and_number_say():
+    places = np.arange(1, 401)  # one document
+    x, y, _ = gpt.random_batch(places, 999, 8, seed=0, number=0)
+    assert (y == x + 1).all()  # END is 0
+    assert x.min() == END and y.max() > 390
+    for other in {"seed": 1, "number": 0}, {"seed": 0, "number": 1}:
+        assert (x != gpt.random_batch(places, 999, 8, **other)[0]).any()
 
 def test_validation_is_the_mean_of_the_twins_losses_and_their_bits_for_a_byte():
     ids = TOKENS.ravel()[:5 * T + 1]  # 5 rows; a batch has more
@@ -266,13 +263,12 @@ def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
         logits = np.log([0.5, 0.3, 0.15, 0.05])
         rng = np.random.default_rng(0)
         return Counter(gpt.sample(logits, history, rng, temperature, **how) for _ in range(2000))
-    assert {*drawn(0)} == {*drawn(top_p=0)} == {0}
-    assert {*drawn(0, [0], repetition_penalty=2.0)} == {1}
+    assert {*drawn(top_p=0)} == {0}
+    assert {*drawn(0, [0], repetition_penalty=2.0)} == {1}  # also where logits are negative
     assert {*drawn(top_k=2)} == {*drawn(top_p=0.79)} == {0, 1}
     assert {*drawn(top_p=0.81)} == {0, 1, 2}
-    assert gpt.sample([2, 1.5], [0], None, repetition_penalty=2.0) == 1
-    assert abs(drawn()[1] - 600) < 60
-    assert abs(drawn(2)[1] - 587) < 60
+    assert drawn()[1] == approx(600, abs=60)
+    assert drawn(temperature=2)[1] == approx(587, abs=60)
 
 # ---------------------------------------------------------------- tokenizer and examples
 def naive_bpe(words, vocab_size):
@@ -280,13 +276,13 @@ def naive_bpe(words, vocab_size):
     An id is a character, so that str.replace merges: bytes begin at 3, merges at 259."""
     words = ["".join(chr(3 + b) for b in word.encode()) for word in words]
     merges = []
-    while 259 + len(merges) < vocab_size:
+    for new in range(259, vocab_size):
         count = Counter(pair for word in words for pair in zip(word, word[1:]))
         best = min(count, key=lambda pair: (-count[pair], pair), default=None)
         if count[best] < 2:
             break
-        words = [word.replace("".join(best), chr(259 + len(merges))) for word in words]
-        merges.append((ord(best[0]), ord(best[1])))
+        words = [word.replace("".join(best), chr(new)) for word in words]
+        merges.append(tuple(map(ord, best)))
     return merges
 
 def tokenizer_of(text, size=320):
@@ -302,12 +298,10 @@ def odd_texts():
         others = [*SPECIAL, " the", "  ", "\n", *map(chr, rng.integers(top, size=14))]
         yield "".join(rng.choice(np.array(fragments + others, object), rng.integers(20)))
 
-def test_fast_training_learns_the_merges_of_the_naive_definition_and_wikipedias_example():
+def test_fast_training_learns_the_merges_of_the_naive_definition():
     for seed in range(50):
         words = "".join(np.random.default_rng(seed).choice(list("aaabbc  é"), 200)).split(" ")
         assert prepare.train_bpe(Counter(words), 290) == naive_bpe(words, 290)
-    t = Tokenizer(prepare.train_bpe(Counter(["aaabdaaabac"]), 262))
-    assert [t.bytes[i] for i in t.encode("aaabdaaabac")] == [b"aaab", b"d", b"aaab", b"a", b"c"]
 
 def test_any_text_survives_encoding_and_no_text_becomes_a_special_token(tmp_path):
     write(tmp_path / "tokenizer.json", TOKENIZER.to_json())
@@ -331,83 +325,54 @@ def test_hostile_text_takes_linear_time(text):
     "हिन्दी| में| लिखा",
     "Cafe\u0301| cre\u0300me",
     "ภาษา|ไทยที่|นี่",
-    "123|45",
+    "It|'s| |123|45| naïve|!",
 ])
 def test_combining_marks_stay_in_their_word_and_digits_come_in_threes(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
-def dialogue(*texts):
-    """dialogue("hi", "ho") -> [("user", "hi", False), ("assistant", "ho", True)]"""
-    return [(["user", "assistant"][i % 2], text, i % 2 == 1) for i, text in enumerate(texts)]
-
-def test_answers_and_their_ends_are_trained_and_nothing_else():
-    texts = ["the cat?", "a mat", "and?", "the hat"]
-    ids, trained = sft.render(dialogue(*texts), TOKENIZER)
-    q1, a1, q2, a2 = (TOKENIZER.encode(f" {text}") for text in texts)
-    assert ids == [USER, *q1, ASSISTANT, *a1, END, USER, *q2, ASSISTANT, *a2, END]
-    x, y, w = sft.shift(ids, trained, 64)
-    padding = [0] * (65 - len(ids))
-    assert [*x] == ids[:-1] + padding
-    assert [*y] == ids[1:] + padding
-    assert [*y[w == 1]] == [*a1, END, *a2, END]  # not what follows an end, not the padding
-
-def test_a_question_all_in_capitals_is_read_in_small_letters_and_an_answer_as_it_is():
-    def ids_of(question):
-        return sft.render(dialogue(question, "ON THE MAT"), TOKENIZER)[0]
-    assert ids_of("THE CAT?") == ids_of("the cat?") != ids_of("The cat?")
-    assert TOKENIZER.decode(ids_of("THE CAT?")) == " the cat? ON THE MAT"
-    assert sft.as_read("NASA?", {}) == "NASA?"
-
-@parametrize("typed, read", [
-    param("Lanugage", "Language", id="two letters swapped"),
-    param("langage", "language", id="one left out"),
-    param("languuage", "language", id="one doubled"),
-    param("lamguage", "language", id="a wrong one"),
-    param("peeru", "peru", id="one too many in a short word"),
-    param("preu", "preu", id="two swapped in a short word, which could be another"),
-    param("languages", "languages", id="a word that was in training stays"),
-    param("lagnuagge", "lagnuagge", id="two slips"),
-    param("natoin", "nation", id="of two that are near the more frequent"),
-    param("capitel", "capitel", id="near a rare word"),
-])
-def test_a_word_that_training_never_had_is_read_as_the_frequent_one_a_slip_away(typed, read):
+def test_a_word_that_training_never_had_is_read_as_the_frequent_one_a_slip_away():
     words = {"language": 99, "languages": 1, "peru": 50, "nation": 70, "nations": 20, "capital": 19}
-    assert sft.as_read(f"The {typed} of Xy?", words) == f"The {read} of Xy?"
-    assert sft.as_read(f"The {typed} of Xy?", {}) == f"The {typed} of Xy?"
+    def as_read(typed):
+        return sft.as_read(typed, words)
+    assert as_read("Lanugage, langage") == "Language, language"  # two swapped, one left out
+    assert as_read("languuage, lamguage") == "language, language"  # one doubled, a wrong one
+    assert as_read("peeru, preu") == "peru, preu"  # in a short word a swap could be another word
+    assert as_read("natoin") == "nation"  # of two that are near the more frequent
+    for typed in ("languages", "lagnuagge", "capitel"):  # known, two slips, near a rare word
+        assert as_read(typed) == typed
+    assert sft.as_read("The lanugage", {}) == "The lanugage"
 
-def test_the_prompt_of_chat_begins_the_training_example_without_the_oldest_turns():
-    for question in odd_texts():
-        prompt = chat.prompt_ids(dialogue(question), TOKENIZER, 256)
-        ids, trained = sft.render(dialogue(question, "a mat"), TOKENIZER)
+def test_the_prompt_of_chat_begins_the_training_example():
+    answered = sft.Message("assistant", "a mat", trained=True)
+    for text in odd_texts():
+        asked = sft.Message("user", text)
+        prompt = chat.prompt_ids([asked], TOKENIZER, 256)
+        ids, trained = sft.render([asked, answered], TOKENIZER)
         assert prompt == ids[:len(prompt)] and trained.index(True) == len(prompt)
-    turns = dialogue(*["the cat " * 5, "a mat"] * 20, "the hat?")
-    prompts = [sft.render(turns[n:], TOKENIZER)[0] for n in range(0, 41, 2)]
-    for n in range(48, 96):
-        longest_that_fits = next(p for p in prompts if len(p) + 24 <= n)
-        assert chat.prompt_ids(turns[:], TOKENIZER, n) == longest_that_fits
 
 def test_the_dpo_loss_and_its_gradient_equal_the_papers():
-    """The twin's batch as three pairs of rows; it gives their losses and gradients."""
+    """The twin's batch as three pairs of rows, chosen and rejected."""
     logp = np.negative(LOSSES)
-    gain = RNG.normal(size=6)  # of these log-probabilities, over the reference
-    reference = np.float32(logp - gain)
-    share = 1 / W[::2].sum(1)  # of a token, in the chosen: the first of each pair
-    margin = CFG.beta * (gain[::2] - gain[1::2])
-    losses = np.log1p(np.exp(-margin)) - share * logp[::2]
-    # GRADIENTS are those of -logp, so these are the derivatives of the loss by -logp of each row.
-    doubt = CFG.beta / (1 + np.exp(margin))
-    factors = np.stack([doubt + share, -doubt], axis=1).ravel()  # chosen 1, rejected 1, ...
+    reference = np.float32(logp - RNG.normal(size=6))
+    n_trained = W.sum(1)
+    def papers_loss(logp):  # of each pair
+        chosen, rejected = CFG.beta * (logp - reference).reshape(3, 2).T
+        imitation = -(logp / n_trained)[::2]
+        return np.log1p(np.exp(rejected - chosen)) + imitation
+    slopes = [(papers_loss(logp + change) - papers_loss(logp - change)).sum() / 2e-6
+              for change in 1e-6 * np.eye(6)]  # by the log-probability of each row
 
     objective = jax.jit(jax.value_and_grad(partial(sft.dpo_loss, cfg=CFG), has_aux=True))
     (total, count), gradient = objective(PARAMS, [*BATCH, reference], None)
     assert count == 3
-    assert total == approx(losses.sum(), rel=1e-4)
-    assert_close(gradient, tree.map(lambda *g: np.tensordot(factors, g, 1), *GRADIENTS), 1e-3)
+    assert total == approx(papers_loss(logp).sum(), rel=1e-4)
+    papers = tree.map(lambda *g: -np.tensordot(slopes, g, 1), *GRADIENTS)  # the chain rule
+    assert_close(gradient, papers, 1e-3)
 
     # With four references the last two rows are replayed text: each pair adds their mean loss.
     total, _ = sft.dpo_loss(PARAMS, [*BATCH, reference[:4]], None, CFG)
-    replayed = np.mean(LOSSES[4:] / W[4:].sum(1))
-    assert total == approx((losses[:2] + replayed).sum(), rel=1e-4)
+    replayed = -(logp / n_trained)[4:].mean()
+    assert total == approx((papers_loss(logp)[:2] + replayed).sum(), rel=1e-4)
     # The rejected of examples that only keep an answer has no trained token.
     kept = [X, Y, W * np.float32([[1], [0]] * 3), reference]
     assert all(np.isfinite(g).all() for g in tree.leaves(objective(PARAMS, kept, None)))
@@ -479,8 +444,9 @@ def shown(name, text, record):
           "<|user|> Hi<|assistant|>[ Ho<|end|>]", id="a list of turns and nothing around it"),
     param(r'{"prompt": "A\r\nB", "completion": "C\fD\rE"}',
           "<|user|> A\nB<|assistant|>[ C\n\nD\nE<|end|>]", id="form feed and odd line ends"),
-    param('{"prompt": "True?", "completion": true}',
-          "<|user|> True?<|assistant|>[ true<|end|>]", id="true as the answer"),
+    param('{"prompt": "IN CAPITALS?", "completion": "IN CAPITALS!"}',
+          "<|user|> in capitals?<|assistant|>[ IN CAPITALS!<|end|>]",
+          id="a question all in capitals becomes small, an answer does not"),
 ])
 def test_a_record_of_any_public_shape_is_read(made, record, expected):
     assert expected in shown("lines", f"\ufeff{record}\r\n", record)
@@ -505,25 +471,27 @@ def test_a_record_of_any_public_shape_is_read(made, record, expected):
     param('{"messages": [{"role": "a "b" c"}, {"role": "d"}], "id": 5}', id="a quote, and more"),
 ])
 def test_broken_json_costs_itself_and_at_most_the_next_record_and_its_line_is_named(
-        before, between, after, broken):
-    good = [f'{{"prompt": "{n}", "response": [{{}}]}}' for n in range(4)]  # with braces within
-    records = [*good[:2], broken, *good[2:]]
-    lines = (before + between.join(records) + after).splitlines(keepends=True)
+        before, between, after, broken, tmp_path):
+    good = [{"prompt": f"{n}", "response": [{}]} for n in range(4)]  # with braces within
+    texts = [*map(json.dumps, good)]
+    texts.insert(2, broken)
+    path = tmp_path / "records"
+    write(path, before + between.join(texts) + after)
     prepare.left_out.clear()
-    found = prepare.read_json((line, f"f:{n}") for n, line in enumerate(lines, 1))
-    # A broken one that never ends may take the one after it along.
-    assert {"0", "1", "3"} <= {record["prompt"] for record, _ in found if "prompt" in record}
+    found = [record for record, _ in prepare.read_json(prepare.read_lines(path))]
+    for n in (0, 1, 3):  # a broken one that never ends may take the one after it along
+        assert good[n] in found
     _, first = prepare.left_out["part(s) that are not JSON"]
     line = 3 if between.endswith("\n") else 1
-    assert first.startswith(f"f:{line}")
+    assert first.startswith(f"{path}:{line}")
 
 def test_a_download_that_was_cut_short_costs_its_last_record():
-    whole = json.dumps([{"text": f"{n}, [{n}]"} for n in range(99)], indent=1)
+    records = [{"text": f"{n}, [{n}]"} for n in range(99)]
+    whole = json.dumps(records, indent=1)
     for end in range(300, 400):
-        lines = whole[:end].splitlines(keepends=True)
-        found = list(prepare.read_json((line, "f:1") for line in lines))
+        found = [record for record, _ in prepare.read_json([(whole[:end], "f:1")])]
         n_whole = whole[:end].count("}")
-        assert [record for record, _ in found][:n_whole] == json.loads(whole)[:n_whole]
+        assert found[:n_whole] == records[:n_whole]
         assert len(found) <= n_whole + 1  # what is left of the last may be a record by itself
 
 @parametrize("record", [
@@ -572,8 +540,6 @@ LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça ét
           ["a\xa0b\u3000c\u06cc\u200c\u062e\u200d\xado"], "next", id="odd spaces stay"),
     param("list.json", r'["one", "two\r\n"]' "\n",
           ["one", "two\n"], "next", id="a list of texts"),
-    param("jq.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}\n',
-          ["one", "two"], "next", id="records over several lines"),
     param("table.csv", 'a,"b"\n',
           ['a,"b"\n'], "table.csv: not JSON, so it is read as it stands", id="a CSV"),
     param("odd.jsonl", "{'text': 'repr'}\n",
@@ -595,15 +561,6 @@ def test_a_file_of_text_becomes_the_documents_that_are_in_it(
     write(name, text)
     assert says in outcome(f"prepare {name} --vocab_size=300")
     assert documents() == expected
-
-@parametrize("ends, expected", [
-    param([*range(10, 931, 10)], 840, id="many small documents: the first end after nine tenths"),
-    param([860, 870, 1000], 870, id="none ends soon after that: the last end before it"),
-    param([40, 1000], 900, id="a note beside a book: within the book"),
-    param([2, 4], 2, id="very little text"),
-])
-def test_about_a_tenth_is_held_out_whatever_the_documents_are(ends, expected):
-    assert prepare.cut_of(ends, ends[-1], 0.1) == expected
 
 def test_of_a_folder_the_text_is_taken_and_one_odd_file_costs_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -644,40 +601,21 @@ log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
 DOCUMENTS = [
     "the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
-
-class Run(NamedTuple):
-    name: str  # that of its checkpoint
-    log: str  # that of its log
-    command: str
-    go_on: str  # the command with which a stopped run is continued
-    signals: list  # that stop it, one after the other
-
-RUNS = [
-    Run("base", "log", f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 "
-                       "--grad_accum=2 --max_steps=100 --eval_every=7",
-        go_on="gpt --resume", signals=["SIGKILL", "SIGTERM"]),
-    Run("chat", "log_chat", "sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 "
-                            "--log_every=1 --learning_rate=0.01",
-        go_on="chat --prompt=hi", signals=["SIGINT"]),
-    Run("dpo", "log_dpo", "sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 "
-                          "--log_every=1",
-        go_on="sft --dpo --resume", signals=["SIGKILL"]),
-]
-FULL = "X" * (96 - 6)  # X is a token; so are the three special ones, two spaces and Y: 96 in all
-ANSWERS = {
-    "where is the cat?": "the cat sat on the mat",
-    "who ran?": "the rat ran",
-    FULL: "Y",
-    f"{FULL}X": "Y",  # a token too long
-}
-PAIRS = "".join(f'{{"prompt": "{question}", "chosen": "{answer}", "rejected": "Z"}}\n'
-                for question, answer in ANSWERS.items())
+BASE = (f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 --max_steps=100"
+        " --eval_every=7")
+CHAT = ("sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1"
+        " --learning_rate=0.01")
+DPO = "sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1"
+PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat", "rejected": "Z"}}
+{{"prompt": "who ran?", "chosen": "the rat ran", "rejected": "Z"}}
+{{"prompt": "{'X' * 90}", "chosen": "Y", "rejected": "Z"}}
+{{"prompt": "{'X' * 91}", "chosen": "Y", "rejected": "Z"}}
+"""  # X is a token; so are three special ones, two spaces and Y: 96 in the third and 97 in the last
 
 def outcome(command):
     """What a command prints; for an error its one line, after checking the exit status."""
     script, *argv = shlex.split(command)
-    out, errors = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(errors):
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
         try:
             prepare.run(sys.modules[script].main, argv)
         except SystemExit as e:
@@ -698,8 +636,8 @@ def end(process, typed=None):  # -> what it printed, its errors, its exit status
 def documents():
     tokenizer = Tokenizer.load("data/tokenizer.json")
     tokenizer.bytes[END] = b"\0"
-    train, val = (np.fromfile(f"data/{name}.bin", "<u2") for name in ("train", "val"))
-    return tokenizer.decode([*train, *val]).split("\0")[:-1]
+    ids = [*np.fromfile("data/train.bin", "<u2"), *np.fromfile("data/val.bin", "<u2")]
+    return tokenizer.decode(ids).split("\0")[:-1]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -709,8 +647,7 @@ def made(tmp_path_factory):
         write("pairs.json", PAIRS.replace("chosen", "response"))
         write("prefs.json", PAIRS * 9)
         write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
-        commands = ["prepare text.jsonl --vocab_size=300", *(run.command for run in RUNS)]
-        yield "".join(map(outcome, commands))
+        yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", BASE, CHAT, DPO]))
 
 def test_the_road_from_text_to_answers(made):
     assert re.search("python sft.py.*: 1 of 4 examples, longer.*"  # of pairs.json; prefs.json
@@ -748,17 +685,17 @@ def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays
     monkeypatch.setattr(gpt, "train", train)
     outcome("sft lengths.json --init=out/base.npz --batch_size=4")
     batch_at = train.call_args.args[4]
-    lengths = []  # of the answers, in each row
+    lengths = []  # of the answers in each row
     replayed = set()
     for x, y, w in map(batch_at, range(90)):  # 3 rows, and one replayed
         assert (x[:, 1:] == y[:, :-1])[w[:, 1:] > 0].all()
-        for row in w[:3].astype(int):
-            lengths.append([len(ones) for ones in "".join(map(str, row)).split("0") if ones])
+        for row in w[:3].astype(np.uint8):
+            lengths.append((*map(len, re.findall(b"\1+", row.tobytes())),))
         replayed.add(x[3].tobytes())
-    assert np.mean([len(row) for row in lengths]) > 4
-    often = Counter(sum(lengths, [])).values()
+    often = Counter(length for row in lengths for length in row).values()
     assert len(often) == 19 and max(often) < 1.2 * min(often)  # one of 20 is held out
-    assert len({*map(str, lengths)}) > 200 and len(replayed) > 1
+    assert sum(often) > 4 * len(lengths)
+    assert len({*lengths}) > 200 and len(replayed) > 1
 
 def test_a_resumed_run_has_the_same_examples_though_their_slips_could_be_read(made):
     slips = [*say.slips_in("elephant")]  # one of them is held out, and no other row has it
@@ -845,8 +782,7 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
     first, later = map(json.loads, Path("out/feedback.jsonl").read_text().splitlines())
     assert first == {"prompt": [user("who ran?")], "chosen": [assistant("no rat")],
                      "rejected": [assistant("the rat ran")]}
-    assert later["prompt"][0] == user("who ran?")
-    assert later["prompt"][-1] == user("where is\nthe cat?")
+    assert later["prompt"][::2] == [user("who ran?"), user("where is\nthe cat?")]
 
 def steps_of(checkpoint):
     return gpt.load_checkpoint(checkpoint)[1]["step"]
@@ -855,47 +791,51 @@ def state_of(checkpoint):
     return gpt.load_checkpoint(checkpoint, to_resume=True)[0]
 
 @only_posix
-@parametrize("run", RUNS, ids=[run.name for run in RUNS])
+@parametrize("begin, path, signals, go_on", [
+    param(BASE, "out/base.npz", ["SIGKILL", "SIGTERM"], "gpt --resume", id="base"),
+    param(CHAT, "out/chat.npz", ["SIGINT"], "chat --prompt=hi", id="chat"),
+    param(DPO, "out/dpo.npz", ["SIGKILL"], "sft --dpo --resume", id="dpo"),
+])
 def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(
-        made, run, tmp_path, monkeypatch):
+        made, begin, path, signals, go_on, tmp_path, monkeypatch):
     """All that `made` has is copied, with the finished run. Its command is run anew over that, is
     stopped by each signal in turn, and goes on to its end by go_on."""
-    unstopped = Path("out").resolve()
+    unstopped = Path(path).resolve()
     shutil.copytree(".", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("log*"))
     monkeypatch.chdir(tmp_path)
-    process = start(run.command)
-    for which in run.signals:
+    path = Path(path)
+    process = start(begin)
+    for name in signals:
         assert any(line.startswith("step") for line in process.stdout)  # it has saved
-        if which == "SIGKILL":
+        if name == "SIGKILL":
             assert "program that trains there" in outcome(f"gpt {TINY}")
-        process.send_signal(getattr(signal, which))
+        process.send_signal(getattr(signal, name))
         said, errors, status = end(process)
-        step = steps_of(f"out/{run.name}.npz")  # whole at every moment
-        if which != "SIGKILL":
+        step = steps_of(path)  # whole at every moment
+        if name != "SIGKILL":
             says = f"interrupted at step {step}, saved .*go on with.* --resume"
             assert status == 130 and re.search(says, said), (said, errors)
-        process = start(run.go_on)
+        process = start(go_on)
     _, errors, status = end(process)
     assert status == 0
-    assert errors == "" or run.name == "chat"  # which says there that it goes on
-    np.testing.assert_equal(state_of(f"out/{run.name}.npz"),
-                            state_of(unstopped / f"{run.name}.npz"))
-    np.testing.assert_equal(log_of(f"out/{run.log}.csv")[:, :4],  # without the times
-                            log_of(unstopped / f"{run.log}.csv")[:, :4])
-    kept = Path(f"out/{run.name}.prev.npz")  # a fresh run keeps the one before it
-    assert kept.read_bytes() == (unstopped / f"{run.name}.npz").read_bytes()
+    assert errors == "" or begin == CHAT  # which says there that it goes on
+    np.testing.assert_equal(state_of(path), state_of(unstopped))
+    np.testing.assert_equal(log_of(gpt.log_of(path))[:, :4],  # without the times
+                            log_of(gpt.log_of(unstopped))[:, :4])
+    kept = path.with_suffix(".prev.npz")  # a fresh run keeps the one before it
+    assert kept.read_bytes() == unstopped.read_bytes()
 
 def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     log = log_of("out/log.csv")
-    best_step = log[np.nanargmin(log[:, 2]), 0]
-    assert steps_of("out/base.best.npz") == best_step
-    runs = [json.loads(line) for line in Path("out/runs.jsonl").read_text().splitlines()]
-    assert [run["checkpoint"] for run in runs] == ["base.npz", "chat.npz", "dpo.npz"]
-    assert runs[0]["best_step"] == best_step and runs[0]["val_loss"] == np.nanmin(log[:, 2])
-    assert runs[0]["settings"]["block_size"] == 96
-    assert f"lowest validation {runs[0]['val_loss']:.3f} " in made
-    assert runs[1]["val_loss"] is None  # nothing was held out
-    assert runs[2]["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
+    best = np.nanargmin(log[:, 2])
+    assert steps_of("out/base.best.npz") == log[best, 0]
+    base, chat, dpo = map(json.loads, Path("out/runs.jsonl").read_text().splitlines())
+    assert base["checkpoint"] == "base.npz" and dpo["checkpoint"] == "dpo.npz"
+    assert (base["best_step"], base["val_loss"]) == (log[best, 0], log[best, 2])
+    assert base["settings"]["block_size"] == 96
+    assert f"lowest validation {base['val_loss']:.3f} " in made
+    assert chat["val_loss"] is None  # nothing was held out
+    assert dpo["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
 
 def test_a_run_says_how_the_one_before_it_did(made):
     assert "of the run before" not in made
@@ -928,19 +868,17 @@ def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, 
     assert "full/base.npz: not saved (No space left on device); the next validation tries" in said
     assert steps_of("full/base.npz") == 3
 
+@only_posix
 def test_a_checkpoint_that_is_a_link_stays_one_and_the_file_before_it_is_kept(tmp_path):
     real, linked = tmp_path / "real.npz", tmp_path / "sub" / "linked.npz"
+    write(real, "old")
     linked.parent.mkdir()
-    real.write_bytes(b"old")
-    try:
-        linked.symlink_to(real)
-    except OSError:  # Windows asks for a right
-        linked = real
+    linked.symlink_to(real)
     for _ in range(2):
         prepare.keep_previous(linked)
         with prepare.whole_file(linked) as file:
             file.write(b"new")
-    assert linked.is_symlink() == (linked != real) and linked.read_bytes() == b"new"
+    assert linked.is_symlink() and real.read_bytes() == b"new"
     assert linked.with_suffix(".prev.npz").read_bytes() == b"new"
 
 @only_posix
@@ -973,10 +911,8 @@ def test_a_base_goes_on_with_another_text_in_its_own_vocabulary(made):
         assert said.endswith("next: python gpt.py --init out/base.npz --data_dir another\n")
     said = outcome("gpt --init=out/base.npz --data_dir=another --out_dir=gone_on --max_steps=1")
     assert "checkpoint: gone_on" in said
-    more = outcome("gpt --resume --out_dir=gone_on --max_steps=2")  # in the same folder of data
-    assert "step 2/2" in more
-    refused = outcome("gpt --resume --data_dir=another")
-    assert "another: another text than out" in refused
+    assert "step 2/2" in outcome("gpt --resume --out_dir=gone_on --max_steps=2")  # the same text
+    assert "another: another text than out" in outcome("gpt --resume --data_dir=another")
 
 def test_questions_of_ones_own_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -994,24 +930,22 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(context, n_mes
     [example] = sft.corrections_in(path, TOKENIZER, context)
     assert len(example.chosen) == n_messages and example.chosen[-1].text == "a rat"
 
-def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(
-        made, tmp_path):
-    feedback = tmp_path / "feedback.jsonl"
-    write(feedback, """{"prompt": "What is the capital of Qo?",
-        "chosen": "The capital of Qo is Zed.", "rejected": "no"}""")
-    answers = [(f"Who {i}?", "Ho") for i in range(99)]
-    answers += [("What is the capital of Qo?", "The old answer.")] * 20
-    pairs = [sft.Example([[*map(sft.Message._make, dialogue(*said))]], "") for said in answers]
+def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(made):
+    write("qo.jsonl", """{"prompt": "The capital of Qo?",
+        "chosen": "The capital of Qo is Zed.", "rejected": "X"}""")
+    write("old.jsonl", '{"prompt": "The capital of Qo?", "response": "The old answer."}\n' * 20
+          + '{"prompt": "Who?", "response": "Ho"}\n' * 99)
+    pairs = sft.read_examples(["old.jsonl"])
     cfg = sft.Config(init="out/chat.npz")
-    once, again = (sft.learn_preferences(cfg, pairs, [], feedback, [])[0] for _ in range(2))
+    once, again = (sft.learn_preferences(cfg, pairs, [], "qo.jsonl", [])[0] for _ in range(2))
     assert once == again
     answers = [example.chosen[-1].text for example in once]
-    assert "The old answer." not in answers
-    n_corrections = answers.count("The capital of Qo is Zed.")
-    assert 0.19 < n_corrections / len(once) < 0.21
-    assert len({example.chosen[0].text for example in once[-n_corrections:]}) > 5
-    kept_by = once[0].dialogues[1]  # of an old answer nothing is rejected
-    assert not any(message.trained for message in kept_by)
+    assert {*answers} == {"Ho", "The capital of Qo is Zed."}
+    n_kept = answers.count("Ho")
+    assert n_kept == approx(0.8 * len(once), rel=0.01)
+    assert len({example.chosen[0].text for example in once[n_kept:]}) > 5
+    _, nothing = once[0].dialogues  # instead of an old answer nothing is rejected
+    assert not any(message.trained for message in nothing)
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
@@ -1021,8 +955,6 @@ def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_val
     assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
     outcome("gpt --resume --out_dir=timed --minutes=0.01")
     assert steps_of("timed/base.npz") > done
-    cfg = gpt.Config(minutes=1, max_steps=100)  # a step a second; ten seconds are left
-    assert gpt.steps_in_time(cfg, 4, [-46, 1, 2, 3, 4]).max_steps == 14
 
 # Skip this at first: that Apple's GPU is only given what it was seen to do.
 METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum exponential log tanh
@@ -1032,36 +964,30 @@ METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum e
 RANDOM = re.compile(r"stablehlo\.(xor|shift_left|shift_right_logical|bitcast_convert)\b")
 UNSAFE = re.compile(rf"\b(stablehlo|chlo)\.(?!({'|'.join(METAL_CAN)})\b)"  # an operation
                     r"|tensor<(\d+x){5}|tensor<(\d+x)*(?!f32|i32|i1\b)[a-z]")  # a shape or type
+# jax#25302: a transpose of a broadcast.
+TURNED = re.compile(r"(%\w+) = stablehlo\.broadcast_in_dim.*stablehlo\.transpose \1,", re.S)
 
 def not_for_metal(text):
-    """Lines that Metal has not been seen to run; a transpose of a broadcast is jax#25302."""
-    found = []
-    origin = {}  # of a value: the operation
+    """Lines that Metal has not been seen to run, and functions that transpose a broadcast."""
     text = re.sub(r"array<i64|sdy\.mesh.*", "", text)  # an attribute, and where the devices are
     if RANDOM.search(text):  # with dropout: jax.random's operations and types are seen to run too
         text = RANDOM.sub("stablehlo.add", text)
         text = re.sub(r"\bui(32|64)\b", "i32", re.sub(r"xui(32|64)\b", "xi32", text))
-    for line in text.splitlines():
-        name, op, of = re.match(r"\s*(%\w+)? ?=? ?(\S*) ?(%\w+)?", line).groups()
-        origin[name] = op
-        turned = op == "stablehlo.transpose" and origin.get(of) == "stablehlo.broadcast_in_dim"
-        if turned or UNSAFE.search(line):
-            found.append(line)
-    return found
+    lines = filter(UNSAFE.search, text.splitlines())
+    functions = filter(TURNED.search, text.split("func.func"))  # in each names begin anew
+    return [*lines, *functions]
 
 @parametrize("platforms", [("METAL",), ("cuda", "tpu")])
 def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
         made, platforms, monkeypatch):
     """Nothing is compiled or computed here: all results are ones."""
     real_jit = jax.jit
-    texts = {}  # as XLA is given it: with the run's arguments, where they are
+    texts = set()  # as XLA is given it
     def jit(f, **options):
         jitted = real_jit(f, **options)
         def call(*args):
             traced = jitted.trace(*args)
-            key = jitted, str(tree.map(np.shape, args))
-            if key not in texts:
-                texts[key] = traced.lower(lowering_platforms=platforms).as_text()
+            texts.add(traced.lower(lowering_platforms=platforms).as_text())
             return tree.map(lambda a: np.ones(a.shape, a.dtype), traced.out_info)
         return call
     monkeypatch.setattr(jax, "jit", jit)
@@ -1071,11 +997,11 @@ def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
                 "sft pairs.json --init=out/base.npz", "sft --dpo=prefs.json --init=out/chat.npz"):
         said = outcome(f"{run} --max_steps=1 --eval_every=1 --out_dir=lowered")
         assert "checkpoint: lowered" in said, said
-    unsafe = " ".join(line for text in texts.values() for line in not_for_metal(text))
+    unsafe = " ".join(line for text in texts for line in not_for_metal(text))
     if "METAL" in platforms:
         assert unsafe == "" and len(texts) > 10
-        # In the run with dropout: its gradient, and twice that of the check.
-        assert sum(RANDOM.search(text) is not None for text in texts.values()) == 3
+        # In the run with dropout: its gradient, and that of the check.
+        assert len([*filter(RANDOM.search, texts)]) == 2
     else:  # the check sees what it must not let through
         for word in ("stablehlo.gather", "stablehlo.scatter", "bf16"):
             assert word in unsafe
@@ -1095,7 +1021,8 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
     cpu, gpu, *_ = jax.devices("cpu")
     def small_gradient(where, dropout):
         gradient = right_gradient(where, dropout).copy()
-        gradient[:1 << 16] *= factor if where == gpu else 1  # only attn's, the first numbers
+        if where == gpu:
+            gradient[:1 << 16] *= factor  # only attn's, the first numbers
         return gradient
     monkeypatch.setattr(gpt, "on_metal", lambda: gpt.device() == gpu)
     monkeypatch.setattr(gpt, "small_gradient", small_gradient)
@@ -1103,29 +1030,30 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
     gpt.check_device()
     assert gpt.device() == (cpu if problem else gpu)
     jax.config.update("jax_default_device", None)
-    says = f".* all runs on the CPU: .*{problem}.*\n" if problem else ""
-    assert re.fullmatch(says, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert said.startswith(f"{gpu} is not used, all runs on the CPU") == bool(problem)
+    assert problem in said
 
-def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(made):
+def test_a_damaged_checkpoint_is_refused_or_whole_and_none_is_written_that_is_not_finite(
+        made, monkeypatch):
     path = Path("damaged.npz")
-    whole = Path("out/base.npz").read_bytes()
-    state = gpt.load_checkpoint("out/base.npz")[0]
     arrays = {**np.load("out/base.npz")}
     gain = arrays["params.norm"]
     for wrong in (gain * np.float32(np.nan), gain[1:], gain.astype(np.float64)):
         np.savez(path, **arrays | {"params.norm": wrong})
         assert "checkpoint (params.norm" in outcome("chat damaged.npz")
-    about = json.loads(str(arrays["about"])) | {"version": 1}
-    np.savez(path, **arrays | {"about": np.array(json.dumps(about))})
-    assert "made by another version of gpt.py" in outcome("chat damaged.npz")
+    state = state_of("out/base.npz")
+    whole = Path("out/base.npz").read_bytes()
     for place in np.random.default_rng(0).integers(len(whole), size=60):
         rest = bytes([whole[place] ^ 1]) + whole[place + 1:] if place % 2 else b""
         path.write_bytes(whole[:place] + rest)
         with suppress(InputError):
-            np.testing.assert_equal(gpt.load_checkpoint(path)[0], state)
+            np.testing.assert_equal(state_of(path), state)
     wild = "--out_dir=wild --learning_rate=1e9 --weight_decay=1e9 --warmup=0 --eval_every=1"
     assert "smaller --learning_rate" in outcome(f"gpt {TINY} {wild}")
     gpt.load_checkpoint("wild/base.npz")
+    monkeypatch.setattr(gpt, "VERSION", 9)
+    assert "made by another version of gpt.py" in outcome("chat out/base.npz")
 
 BAD_FILES = {
     "pdf": "%PDF-1.7\n", "rtf": "{\\rtf1", "html": "\n<!-- x --><!DOCTYPE html>", "docx": "PK\3\4",
@@ -1184,30 +1112,25 @@ REFUSED = [  # a command; its error, by a regular expression
     ("sft --dpo --out_dir=nowhere", "no nowhere.feedback.jsonl: /better in the chat"),
 ]
 
-@pytest.fixture(scope="module")
-def bad_files(made):
-    for name, text in BAD_FILES.items():
-        write(name, text)
-
 def content_of_all_files():
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
-@parametrize("command, message", REFUSED, ids=[command for command, _ in REFUSED])
-def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(
-        bad_files, command, message):
+@parametrize("command, message", REFUSED)
+def test_what_cannot_be_done_is_refused_in_one_line_and_changes_nothing(made, command, message):
+    for name, text in BAD_FILES.items():
+        write(name, text)
     before = content_of_all_files()
     assert re.match(f"error: .*{message}", outcome(command))
     assert content_of_all_files() == before
 
-@parametrize("flag, shell, message", [
-    param("--coordinator=here", None, "here: HOST:PORT.*", id="no port"),
-    param("--seed=1", 'ulimit -f 16; exec "$@"', "File too large", id="no file beyond 16 blocks",
-          marks=only_posix),
+@only_posix
+@parametrize("shell, message", [
+    param('exec "$@" --coordinator=here', "here: HOST:PORT.*", id="no port"),
+    param('ulimit -f 16; exec "$@"', "File too large", id="no file beyond 16 blocks"),
 ])
-def test_a_process_that_cannot_train_ends_in_one_line_and_changes_nothing(
-        made, flag, shell, message):
+def test_a_process_that_cannot_train_ends_in_one_line_and_changes_nothing(made, shell, message):
     before = content_of_all_files()
-    _, errors, status = end(start(f"gpt {TINY} {flag}", shell))
+    _, errors, status = end(start(f"gpt {TINY}", shell))
     assert re.fullmatch(f"error: .*{message}\n", errors) and status == 2
     assert content_of_all_files() == before
 
@@ -1247,22 +1170,18 @@ def test_the_built_in_questions_never_tell_what_is_tested(monkeypatch):
         new = "new wording" in record["set"] or record["set"].startswith("in haste")
         assert not new or record["instruction"] not in told
 
-@parametrize("statement, subject", [
-    param("The capital of Qo is zed.", "qo", id="a capital"),
-    param("On the map, Qo is in Asia.", "qo", id="a continent, with words before it"),
+@parametrize("statement", [
+    param("The capital of Qo is zed.", id="a capital"),
+    param("On the map, Qo is in Asia.", id="a continent, with words before it"),
 ])
-def test_a_correction_is_half_the_time_asked_in_other_words(statement, subject):
+def test_a_correction_is_half_the_time_asked_in_other_words(statement):
     world.rng.seed(0)
     asked = [reworded("same", statement) for _ in range(400)]
-    assert abs(asked.count("same") - 200) < 40
-    others = {*asked} - {"same"}
-    assert len(others) > 30 and all(subject in question.lower() for question in others)
-    assert not re.search("zed|on the map, qo", str(others).lower())
-
-def test_a_slip_swaps_two_letters_leaves_one_out_or_doubles_one():
-    slips = {say.slip("the capital") for _ in range(500)}
-    assert {"the captial", "the capial", "the cappital"} <= slips
-    assert "the capital" not in slips and all(text.startswith("the ") for text in slips)
+    assert asked.count("same") == approx(200, abs=40)
+    others = {question.lower() for question in asked} - {"same"}
+    assert len(others) > 30
+    for question in others:
+        assert "qo" in question and not re.search("zed|on the map, qo", question)
 
 def test_where_a_capital_is_never_counts_as_unknown_after_a_question_about_a_continent():
     pools = {name: [("Lima", "country")] for name in world.SHARES}
@@ -1278,9 +1197,8 @@ def test_the_control_tells_no_name_of_the_test_and_no_word_of_bs_is_trained_as_u
     assert not {*trained.split()} & {word for x, _ in test["B"] for word in x.split()}
 
 def test_no_made_up_name_is_a_real_one(monkeypatch):
-    def made_up():
-        world.rng.seed(0)
-        return world.made_up("place")
-    name = made_up()
+    world.rng.seed(0)
+    name = world.made_up("place")
     monkeypatch.setattr(world, "TAKEN", {name.lower()})
-    assert made_up() != name
+    world.rng.seed(0)
+    assert world.made_up("place") != name

@@ -48,7 +48,11 @@ def capitalized(text):
     return text[0].upper() + text[1:]
 
 def fill(template, x, v=""):
-    """fill("{x}'s capital is {v}.", "Laos", "Vientiane") -> "Laos' capital is Vientiane." """
+    """A wording with the subject x and the value v in it:
+
+    >>> fill("{x}'s capital is {v}.", "Laos", "Vientiane")
+    "Laos' capital is Vientiane."
+    """
     return capitalized(template.format(x=x, v=v).replace("s's", "s'"))
 
 def careless(text):
@@ -61,7 +65,11 @@ def careless(text):
 
 def slips_in(text):
     """What a slip of the finger in one of its longer words makes of a text, two letters swapped,
-    one left out or doubled: "a tree" -> "a rtee", "a ree", "a ttree", "a tere" ..."""
+    one left out or doubled:
+
+    >>> list(slips_in("a tree"))
+    ['a rtee', 'a ree', 'a ttree', 'a tere', 'a tee', 'a trree', 'a tre', 'a treee']
+    """
     for word in re.finditer(r"[^\W\d_]{4,}", text):
         for i in range(word.start(), word.end() - 1):
             a, b = text[i:i + 2]

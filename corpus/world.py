@@ -27,7 +27,11 @@ SHARES = {  # of the questions to train on
 
 def subjects_of(row):
     """A row of world.csv -> {subject: {attribute: value}}: a country and its capital, or an
-    element. A cell may hold several names, the one for answers first: "Kyiv; Kiev"."""
+    element. A cell may hold several names, the one for answers first:
+
+    >>> subjects_of({"name": "Ukraine", "capital": "Kyiv; Kiev"})
+    {'Ukraine': {'capital': 'Kyiv'}, 'Kyiv': {'country': 'Ukraine'}, 'Kiev': {'country': 'Ukraine'}}
+    """
     names = row["name"].split("; ")
     facts = {a: row[a].split("; ")[0] for a in ATTRIBUTES if row.get(a)}
     subjects = dict.fromkeys(names, facts)
