@@ -19,8 +19,8 @@ from prepare import END, InputError, printable, read_flags, run, setting, whole_
 
 HELP = """/reset forgets the conversation, /probs shows how sure it was of each token of its answer,
 /better TEXT says what that should have been, /quit or Ctrl-D ends, Ctrl-C stops an answer.
-Settings: /temperature, /top_k, /top_p, /repetition_penalty, /max_new_tokens, /seed with a new value,
-as in /temperature 0.7; python chat.py --help tells what they are at first."""
+Settings: /temperature, /top_k, /top_p, /repetition_penalty, /max_new_tokens, /seed; each takes a
+value, as in /temperature 0.7. python chat.py --help tells what they are at first."""
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # settings of gpt.sample
 SETTINGS = {*SAMPLING, "max_new_tokens", "seed"}  # that can be changed while it runs
 

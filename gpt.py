@@ -57,7 +57,7 @@ class Config:
     # the optimiser
     batch_size: int = setting(16, "sequences in a micro-batch", low=1)
     grad_accum: int = setting(1, "micro-batches in a step", low=1)
-    max_steps: int = setting(3200, "optimiser steps", low=1)
+    max_steps: int = setting(2700, "optimiser steps", low=1)
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 0")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)

@@ -47,11 +47,10 @@ def train_bpe(words, vocab_size):
     >>> train_bpe({"aaabdaaabac": 1}, 262)  # the id of a is 100
     [(100, 100), (100, 101), (259, 260)]
 
-    By definition:
+    By definition, while there is room in the vocabulary:
 
-        while there is room in the vocabulary:
-            find the pair that is there most often, of equals the smallest; if only once, stop
-            let a new id stand for it in all words
+        find the pair that is there most often, of equals the smallest; if only once, stop
+        let a new id stand for it in all words
 
     To count all pairs each time would be slow. Counts only sink, so a count of before is a bound
     for that of now. A queue has the pairs in the order of their bounds. Its first pair is counted
@@ -365,10 +364,9 @@ def cut_of(ends, size, val_fraction):
     2
     """
     wanted = int(size * (1 - val_fraction))
-    near = [end for end in ends if abs(end - wanted) <= size * val_fraction / 2]
-    after = [end for end in near if end >= wanted]
-    cut = (after[:1] or near[-1:] or [wanted])[0]  # the first after it, or the last before it
-    return min(max(2, cut), size - 2)
+    nearest = min(ends, key=lambda end: abs(end - wanted))
+    is_near = abs(nearest - wanted) <= size * val_fraction / 2
+    return min(max(2, nearest if is_near else wanted), size - 2)
 
 def spool(pieces, file):
     """Pieces of text become lines of JSON in a file; how many bytes of text they are."""
@@ -475,13 +473,10 @@ def main(argv):
     write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
     write_questions(out_dir / "qa.jsonl", questions)
     write_questions(out_dir / "qa_test.jsonl", test)
-    command = "python gpt.py"
-    if s.tokenizer:
-        base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
-        command += f" --init {base}"
-    if "out_dir" in given:
-        command += f" --data_dir {out_dir}"
-    say(f"next: {command}")
+    base = s.tokenizer if s.tokenizer.endswith(".npz") else "out/base.npz"
+    init = f" --init {base}" if s.tokenizer else ""
+    folder = f" --data_dir {out_dir}" if "out_dir" in given else ""
+    say(f"next: python gpt.py{init}{folder}")
 
 # ---------------------------------------------------------------- helpers of all scripts
 def available_cores():
@@ -595,9 +590,8 @@ def keep_previous(path):
     """Give the file that is there the name *.prev.* too."""
     if path.exists():
         kept = path.with_suffix(f".prev{path.suffix}")
-        before = ", in place of an older one" if kept.exists() else ""
         copy(path, kept)
-        say(f"the {path.name} that was there is now {kept}{before}")
+        say(f"the {path.name} that was there is now {kept}")
 
 @contextmanager
 def whole_file(path):
