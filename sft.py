@@ -425,7 +425,7 @@ class Config(gpt.Config):
     weight_decay: float = setting(0.3, "of matrices [with --dpo: 0]")
     beta: float = setting(0.1, "DPO: the larger, the closer it stays to what it was")
     batch_size: int = setting(16, "examples and texts in a micro-batch [with --dpo: 24]", low=1)
-    max_steps: int = setting(2600, "optimiser steps [with --dpo: 200]", low=1)
+    max_steps: int = setting(2200, "optimiser steps [with --dpo: 200]", low=1)
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 0 [with --dpo: 3e-4]")
 
 def make_if_missing(path):
