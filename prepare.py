@@ -42,12 +42,7 @@ WORD = re.compile(
 )
 
 def train_bpe(words, vocab_size):
-    """{word: how often it is there} -> merges, pairs of ids (Sennrich 2016, arXiv 1508.07909):
-
-    >>> train_bpe({"aaabdaaabac": 1}, 262)  # the id of a is 100
-    [(100, 100), (100, 101), (259, 260)]
-
-    By definition:
+    """{word: how often it is there} -> merges, pairs of ids (arXiv 1508.07909). By definition:
 
         while there is room in the vocabulary:
             find the pair that is there most often, of equals the smallest; if only once, stop
@@ -55,7 +50,11 @@ def train_bpe(words, vocab_size):
 
     To count all pairs each time would be slow. Counts only sink, so a count of before is a bound
     for that of now. A queue has the pairs in the order of their bounds. Its first pair is counted
-    again: if that is less than its bound it goes back, else no other can have more."""
+    again: if that is less than its bound it goes back, else no other can have more.
+
+    >>> train_bpe({"aaabdaaabac": 1}, 262)  # the id of a is 100
+    [(100, 100), (100, 101), (259, 260)]
+    """
     unmerged = Tokenizer([])
     uses = Counter()  # word, in which chr(id) stands for an id -> how often it is there
     where = defaultdict(set)  # pair -> words with it, also such as have changed since
