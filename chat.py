@@ -135,6 +135,8 @@ def converse(reply, cfg, path):
             elif command in ("/help", "/probs"):
                 print(HELP if command == "/help" else "\n".join(seen) or "no answer was shown yet")
             elif command == "/better":
+                if gpt.load_checkpoint(path)[1]["kind"] == "base":
+                    raise InputError("/better corrects answers; a base model only continues texts")
                 correct(shown, value, path.with_name("feedback.jsonl"))
             elif command.startswith("/"):
                 if command[1:] not in SETTINGS:

@@ -161,6 +161,7 @@ NOT_TEXT = [
      " orient='records', lines=True)"),
     ("\ufffd7zXZ", "packed by xz", "xzcat {0} | python prepare.py -"),
     (r"\(\ufffd/\ufffd", "packed by zstd", "zstdcat {0} | python prepare.py -"),
+    ("\ufffd\ufffd(.\0|\0.)", "UTF-16", "iconv -f UTF-16 -t UTF-8 {0} | python prepare.py -"),
 ]
 PIECE = 1 << 16  # characters; a longer document is encoded in pieces of about this size
 LONGEST_LINE = 1 << 20  # characters that are read at once
@@ -175,8 +176,10 @@ def check_is_text(head, path):
     for begins, kind, advice in NOT_TEXT:
         if re.match(begins, text, re.I | re.S):
             raise InputError(f"{path}: {kind}, not text; try: {advice.format(shlex.quote(path))}")
-    if "\0" in text or text.count("\ufffd") > 5 + len(text) / 1000:
-        raise InputError(f"{path}: not UTF-8; try iconv -f CP1252 (or UTF-16) -t UTF-8")
+    if "\0" in text:
+        raise InputError(f"{path}: not text, for it has zero bytes")
+    if text.count("\ufffd") > 5 + len(text) / 1000:
+        raise InputError(f"{path}: not UTF-8; try iconv -f CP1252 -t UTF-8")
 
 def read_lines(path):
     """A file, perhaps packed, or "-" for standard input -> (line, "file:line"), with "\\n" at its
@@ -356,10 +359,10 @@ def frequent_words(lines, n_bytes, vocab_size):
     return dict(words.most_common(max(1 << 14, 4 * vocab_size)))
 
 def cut_of(ends, size, val_fraction):
-    """Where validation begins: where a document ends, if one does near there; else within one:
+    """Where validation begins: where the nearest document ends, if that is near; else within one:
 
-    >>> [cut_of(ends, 100, 0.1) for ends in ([80, 88, 92, 95, 100], [80, 88, 100], [40, 100])]
-    [92, 88, 90]
+    >>> [cut_of(ends, 100, 0.1) for ends in ([80, 88, 91, 100], [80, 88, 100], [40, 100])]
+    [91, 88, 90]
     >>> cut_of([2, 4], 4, 0.1)  # on both sides there must be two tokens
     2
     """
@@ -409,7 +412,7 @@ def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
         ends = write_ids(lines, tokenizer, train)
         size = ends[-1] if ends else 0
         if size < 4:
-            raise InputError(f"too little text: {size} tokens; left out: {list_of() or 'nothing'}")
+            raise InputError(f"too little text: {size} tokens; left out: {list_of()}")
         cut = cut_of(ends, size, val_fraction)
         train.seek(2 * cut)  # train.bin has all of it, and now its end moves to val.bin
         with whole_file(out_dir / "val.bin") as val, whole_file(out_dir / "tokenizer.json") as file:
@@ -575,7 +578,8 @@ def count_fields(names, source):
         count(f"field(s) not used: {name}", source)
 
 def list_of():
-    return "; ".join(f"{n} {what} (the first: {at})" for what, (n, at) in left_out.items())
+    parts = [f"{n} {what} (the first: {at})" for what, (n, at) in left_out.items()]
+    return "; ".join(parts) or "nothing"
 
 def report():
     if left_out:

@@ -81,6 +81,8 @@ def take(record, fields, role):
     messages = []
     for name in fields:
         said = record.pop(name, None)
+        if isinstance(said, dict):  # a lone turn
+            said = [said]
         if not isinstance(said, list):
             said = [{"role": role, "content": said}] if text_of(said).strip() else []
         for turn in said:
@@ -102,9 +104,7 @@ def take_turns(record, answer_fields):
     for name in answer_fields:
         turns = take(record, [name], "assistant")
         if any(turn.role == "user" for turn in turns):
-            if turns[0].role == "system":
-                system = []  # it is in there too
-            return system + turns
+            return [said for said in system if said not in turns] + turns
         answered += turns
     return system + take(record, QUESTION_FIELDS, "user") + answered
 
@@ -241,7 +241,7 @@ def that_fit(examples, tokenizer, T):
     if len(fitting) < 0.75 * len(examples):
         say("the context is that of the base: one that nine in ten fit is trained by python"
             f" gpt.py --block_size {sorted(lengths)[len(lengths) * 9 // 10]}")
-    if not fitting:
+    if examples and not fitting:
         raise InputError(f"no example fits the context of {T} tokens")
     return fitting
 
@@ -379,14 +379,22 @@ def unchanging(examples):
         preferences.append(replace(example, dialogues=[example.chosen, nothing]))
     return preferences
 
-def old_answers(cfg, about, pairs):
+def old_answers(cfg, about, tokenizer, pairs):
     """Questions whose answers DPO is to leave as they are -> (examples to train on, others for the
     test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
-    own = pairs or read_examples(about["config"].get("pairs", ()))
-    if not own:
+    learned = about["config"].get("pairs", ())
+    if not pairs:
+        gone = [path for path in learned if not Path(path).exists()]  # or it was a pipe
+        if gone:
+            raise InputError(f"{gone[0]}: {cfg.init} was fine-tuned on it, and it is not here; name"
+                             " those questions: python sft.py PAIRS --dpo")
+        pairs = read_examples(learned)
+    if not pairs:
         examples, test = built_in(cfg)
-        return examples, test[::6]  # 500 or so are soon asked
-    shuffled = np.random.default_rng(cfg.seed).permutation(own)
+        # 500 or so are soon asked
+        return that_fit(examples, tokenizer, cfg.block_size), test[::6]
+    fitting = that_fit(pairs, tokenizer, cfg.block_size)
+    shuffled = np.random.default_rng(cfg.seed).permutation(fitting)
     examples = [replace(example, set="yours, not learned now") for example in shuffled]
     n_test = min(len(examples) // 10, 100)
     return examples[n_test:], examples[:n_test]
@@ -402,7 +410,7 @@ def learn_preferences(cfg, pairs, preferences, feedback, test):
 
     corrections = corrections_in(feedback, tokenizer, cfg.block_size)
     corrected = {example.chosen[-2].text for example in corrections}
-    old, old_test = old_answers(cfg, about, pairs)
+    old, old_test = old_answers(cfg, about, tokenizer, pairs)
     old = [example for example in old
            if corrected.isdisjoint(message.text for message in example.chosen)]
     examples = unchanging(old)
@@ -488,7 +496,7 @@ def learn_words(about, tokenizer, text_ids, examples):
         step = max(1024, len(text_ids) // 4096)
         for start in range(0, len(text_ids), step):
             texts.append(tokenizer.decode(text_ids[start:start + 1024].tolist()))
-    words = Counter(re.findall(A_WORD, "\n".join(texts).lower()))
+    words = Counter(map(str.lower, re.findall(A_WORD, "\n".join(texts))))
     if len(text_ids):
         tokenizer.words = about["words"] = {**words, **noted}
 
@@ -503,12 +511,9 @@ def divided(examples, tokenizer, cfg):
         trained = joined(trained, tokenizer, cfg.block_size, np.random.default_rng(cfg.seed))
     return [rows_of(some, tokenizer, cfg.block_size) for some in (trained, held_out)]
 
-def fine_tune(cfg, state, about, tokenizer, examples, path, before=None):
-    """Train on examples, in their order -> the parameters after it: by imitation or, with the
-    parameters before it, by DPO."""
-    text_ids = text_to_replay(cfg, about)
-    if not cfg.resume:
-        learn_words(about, tokenizer, text_ids, examples)
+def fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before=None):
+    """Train on examples, in their order, and on the text -> the parameters after it: by imitation
+    or, with the parameters before it, by DPO."""
     rows, held_out = divided(examples, tokenizer, cfg)
     weights = before["blocks"][0]["attn"]["wqkv"] if before else b""
     checksum = zlib.crc32(rows, zlib.crc32(held_out, zlib.crc32(weights)))
@@ -606,12 +611,15 @@ def main(argv):
         test = test or others
     if not examples:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl: name a file of questions and answers")
+    text_ids = text_to_replay(cfg, about)
+    if not cfg.resume:  # before anything is rendered: a resumed run knows the words, too
+        learn_words(about, tokenizer, text_ids, examples)
     examples = that_fit(examples, tokenizer, cfg.block_size)
     if cfg.show:
         rows = rows_of(examples[:cfg.show], tokenizer, cfg.block_size)
         return show(np.concatenate(rows), tokenizer)
     examples = np.random.default_rng(cfg.seed).permutation(examples)
-    params = fine_tune(cfg, state, about, tokenizer, examples, path, before)
+    params = fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before)
     if test:
         examine([before, params] if by_dpo else [params], cfg, tokenizer, test)
     say(f"checkpoint: {path}\nnext: python chat.py {path}")

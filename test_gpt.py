@@ -1061,11 +1061,11 @@ BAD_FILES = {
     "pdf": "%PDF-1.7\n", "rtf": "{\\rtf1", "html": "\n<!-- x --><!DOCTYPE html>", "docx": "PK\3\4",
     "table.parquet": "PAR1", "x.xz": "\udcfd7zXZ", "x.zst": "\x28\udcb5\x2f\udcfd",
     "code/a.py": "pass", "pairs.json": '{"prompt": "a", "response": "b"}', "empty": "",
-    "binary": "a\0b", "short": "a", "latin": LATIN,
+    "binary": "a\0b", "notepad.txt": "\udcff\udcfeh\0i\0", "short": "a", "latin": LATIN,
     "cut": "\x1f\udc8b\x08\0", "cut.json": '[{"prompt": "a"',
     "odd/train.bin": "abc" * 99, "odd/tokenizer.json": TOKENIZER.to_json(),
     "foreign/tokenizer.json": "{}"}
-NO_UTF8 = "not UTF-8; .* iconv .* UTF-16"
+NO_UTF8 = "not UTF-8; try iconv"
 NO_CHECKPOINT = "no whole checkpoint"
 NO_QUESTION = "no question with an answer"
 REFUSED = [  # a command; its error, by a regular expression
@@ -1084,7 +1084,8 @@ REFUSED = [  # a command; its error, by a regular expression
     ("prepare x.zst", "packed by zstd.*: zstdcat x.zst"),
     ("prepare code", "a folder without text files.*: code/[*]"),
     ("prepare pairs.json", "too little text: 0 tokens; left out: .*sft.py.*pairs.json:1"),
-    ("prepare binary", f"binary: {NO_UTF8}"),
+    ("prepare binary", "binary: not text"),
+    ("prepare notepad.txt", "UTF-16, not text; try: iconv"),
     ("prepare latin", f"latin: {NO_UTF8}"),
     ("sft empty", f"empty: {NO_QUESTION}"),
     ("sft text.jsonl --dpo", f"text.jsonl: {NO_QUESTION}"),
