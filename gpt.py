@@ -213,10 +213,10 @@ def attention(x, wqkv, wo, position, cache, cfg):
     if cache is None:  # in training; and in generation at first, for whole prompts
         y = jax.vmap(causal_heads)(q, k, v)
     else:
-        # Then T = 1, a new token in each sequence, at position (B, 1). The cache has a slot for
-        # each of the S = block_size positions; the first pass has filled all of them, with the
-        # prompt and padding. Key and value of the token go into its own slot, and it sees those up
-        # to there.
+        # In generation: one new token for each sequence (T = 1), at position (B, 1). Skip it until
+        # make_generator. The cache has a slot for each of the S = block_size positions; the first
+        # pass has filled all of them, with the prompt and padding. Key and value of the token go
+        # into its own slot, and it sees those up to there.
         slots = np.arange(cfg.block_size)[None]  # (1, S)
         here = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
         k = jnp.where(here, k, cache[0])  # (B, H, 1, D) into (B, H, S, D)
@@ -336,8 +336,8 @@ def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
 
 def placements(n_rows, devices=None):
     """Where arrays live, -> (whole, split): a copy on each device, or divided among them along the
-    first axis. As many devices as divide the rows. jit adds what they must tell each other. Skip it
-    at first: with one device both are the same."""
+    first axis. As many devices as divide the rows. jit adds what they must tell each other. Skip
+    this at first, and the two functions after it."""
     devices = devices or jax.devices(device().client)  # all of the default one's kind
     n = max(i for i in range(1, len(devices) + 1) if n_rows % i == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
@@ -488,15 +488,15 @@ def make_generator(cfg):
     T = cfg.block_size
 
     @jax.jit
-    def logits_after(params, tokens, last, cache):
-        """What follows the last token of each row, at the position last (B, 1): logits (B, V); and
-        the new cache. tokens: that one alone (B, 1) or, without a cache, padded rows (B, T)."""
+    def logits_after(params, tokens, position, cache):
+        """What follows the last token of each row, at position (B, 1): logits (B, V); and the new
+        cache. tokens: that one alone (B, 1) or, without a cache, padded rows (B, T)."""
         if cache is None:
             x, new_cache = forward(params, tokens, cfg)  # x (B, T, C)
-            is_last = jax.nn.one_hot(last[:, 0], T)  # (B, T)
-            x = (x * is_last[..., None]).sum(1)  # x[i, last[i]] for each i, as Metal can do it
+            is_last = jax.nn.one_hot(position[:, 0], T)  # (B, T)
+            x = (x * is_last[..., None]).sum(1)  # x[i, position[i]] for each i, as Metal can do it
         else:
-            x, new_cache = forward(params, tokens, cfg, position=last, cache=cache)
+            x, new_cache = forward(params, tokens, cfg, position=position, cache=cache)
             x = x.reshape(len(x), -1)  # (B, 1, C) -> (B, C)
         return logits_of(params, x, cfg), new_cache
 
@@ -512,15 +512,15 @@ def make_generator(cfg):
                 cache = None
                 # T may be 1: row[-0:] would be all of it.
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
-            last = [[len(row) - 1] for row in rows]
+            position = [[len(row) - 1] for row in rows]  # of the last token in each row
             if cache is None:
-                # The slots of the padding come after a row's last token, so it does not see them
-                # before its own new tokens have filled them.
+                # Padding fills the slots after a row's last token. No token sees a later slot, and
+                # each new token takes the next one's place.
                 tokens = [row + [END] * (T - len(row)) for row in rows]
             else:
                 tokens = [row[-1:] for row in rows]
-            tokens, last = (put(np.int32(ids), split) for ids in (tokens, last))
-            logits, cache = logits_after(params, tokens, last, cache)
+            inputs = [put(np.int32(ids), split) for ids in (tokens, position)]
+            logits, cache = logits_after(params, *inputs, cache)
             logits = np.asarray(logits)
             new = [END if previous == END else sample(scores, row, rng, **how)
                    for previous, scores, row in zip(new, logits, rows)]
@@ -602,9 +602,9 @@ MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "ou
               "shard_params", "coordinator", "num_processes", "process_id", "eval"}
 
 def inherit(cfg, given, about, path):
-    """cfg with what the checkpoint at path decides: the settings of the model; on --resume all
-    settings, but those of MAY_CHANGE that are typed now. given: the names of the flags that are
-    typed; one that the checkpoint decides otherwise is refused."""
+    """cfg with what the checkpoint at path decides. With --init that is the model. On --resume it
+    is everything but out_dir and what is typed of MAY_CHANGE. given: the names of the flags that
+    are typed; one that the checkpoint decides otherwise is refused."""
     saved = about["config"]
     decided = MODEL
     if cfg.resume:
@@ -699,7 +699,7 @@ def write_row(cfg, about, path, stays):
                   f"{row.tokens_per_second} tokens/s  {left} left", last=stays)
 
 def of_run_before(path):
-    """"; of the run before 1.621 (out/log.prev.csv)", if it has validated."""
+    """What is added of the run before, if it validated: "; of the run before 1.621 (...)"."""
     log_path = log_of(path).with_suffix(".prev.csv")
     with suppress(OSError, ValueError, KeyError), open(log_path) as file:
         losses = [row["val_loss"] for row in csv.DictReader(file)]

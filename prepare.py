@@ -41,52 +41,6 @@ WORD = re.compile(
     r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}"  # space, but the last one goes with a word
 )
 
-def train_bpe(words, vocab_size):
-    """{word: how often it is there} -> merges, pairs of ids (Sennrich 2016, arXiv 1508.07909):
-
-    >>> train_bpe({"aaabdaaabac": 1}, 262)  # the id of a is 100
-    [(100, 100), (100, 101), (259, 260)]
-
-    By definition, while there is room in the vocabulary:
-
-        find the pair that is there most often, of equals the smallest; if only once, stop
-        let a new id stand for it in all words
-
-    To count all pairs each time would be slow. Counts only sink, so a count of before is a bound
-    for that of now. A queue has the pairs in the order of their bounds. Its first pair is counted
-    again: if that is less than its bound it goes back, else no other can have more."""
-    unmerged = Tokenizer([])
-    uses = Counter()  # word, in which chr(id) stands for an id -> how often it is there
-    where = defaultdict(set)  # pair -> words with it, also such as have changed since
-    queue = []  # (-bound, pair), for heapq has the smallest first; the bound is at first infinite
-
-    def add(word, n):
-        uses[word] += n
-        for pair in itertools.pairwise(word):
-            if pair not in where:
-                heapq.heappush(queue, (-np.inf, pair))  # it is counted when it comes first
-            where[pair].add(word)
-
-    for word, n in words.items():
-        add(unmerged.encode_word(word), n)
-    merges = []
-    while queue and FIRST_MERGE + len(merges) < vocab_size:
-        minus_bound, pair = heapq.heappop(queue)
-        affected = where[pair] & uses.keys()
-        n = sum(uses[word] * [*itertools.pairwise(word)].count(pair) for word in affected)
-        bound = -minus_bound
-        if n < bound:  # it may not be the most frequent: back, with its true count
-            heapq.heappush(queue, (-n, pair))
-        elif n < 2:
-            break
-        else:  # it is
-            new = FIRST_MERGE + len(merges)
-            merges.append(tuple(map(ord, pair)))
-            for word in affected:
-                add(word.replace("".join(pair), chr(new)), uses.pop(word))
-            show_progress(f"tokenizer: {new} of {vocab_size} tokens")
-    return merges
-
 class Tokenizer:
     """Byte-level BPE. encode never returns a special id; decode(encode(s)) == s."""
 
@@ -146,6 +100,52 @@ class Tokenizer:
         except Exception:  # anything can be in a file
             raise InputError(f"{path}: not a tokenizer; run prepare.py again") from None
 
+def train_bpe(words, vocab_size):
+    """{word: how often it is there} -> merges, pairs of ids (Sennrich 2016, arXiv 1508.07909):
+
+    >>> train_bpe({"aaabdaaabac": 1}, 262)  # the id of a is 100
+    [(100, 100), (100, 101), (259, 260)]
+
+    By definition, while there is room in the vocabulary:
+
+        find the pair that is there most often, of equals the smallest; if only once, stop
+        let a new id stand for it in all words
+
+    To count all pairs each time would be slow. The count of a pair never rises, so an old count is
+    an upper bound. The pair with the highest bound is counted: if it has as many it is the most
+    frequent one; if not, it goes back into the queue with its count."""
+    unmerged = Tokenizer([])
+    uses = Counter()  # word, in which chr(id) stands for an id -> how often it is there
+    where = defaultdict(set)  # pair -> words with it, also such as have changed since
+    queue = []  # (-bound, pair), for heapq has the smallest first; the bound is at first infinite
+
+    def add(word, n):
+        uses[word] += n
+        for pair in itertools.pairwise(word):
+            if pair not in where:
+                heapq.heappush(queue, (-np.inf, pair))  # it is counted when it comes first
+            where[pair].add(word)
+
+    for word, n in words.items():
+        add(unmerged.encode_word(word), n)
+    merges = []
+    while queue and FIRST_MERGE + len(merges) < vocab_size:
+        minus_bound, pair = heapq.heappop(queue)
+        affected = where[pair] & uses.keys()
+        n = sum(uses[word] * [*itertools.pairwise(word)].count(pair) for word in affected)
+        bound = -minus_bound
+        if n < bound:  # it may not be the most frequent: back, with its true count
+            heapq.heappush(queue, (-n, pair))
+        elif n < 2:
+            break
+        else:  # it is
+            new = FIRST_MERGE + len(merges)
+            merges.append(tuple(map(ord, pair)))
+            for word in affected:
+                add(word.replace("".join(pair), chr(new)), uses.pop(word))
+            show_progress(f"tokenizer: {new} of {vocab_size} tokens")
+    return merges
+
 # ---------------------------------------------------------------- reading files
 PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
 # How a file begins that is no text (a byte that is not UTF-8 as U+FFFD), what it is, and how to get
@@ -175,7 +175,8 @@ def check_is_text(head, path):
     text = head.decode("utf-8-sig", "replace")
     for begins, kind, advice in NOT_TEXT:
         if re.match(begins, text, re.I | re.S):
-            raise InputError(f"{path}: {kind}, not text; try: {advice.format(shlex.quote(path))}")
+            command = advice.format(shlex.quote(str(path)))
+            raise InputError(f"{path}: {kind}, not text; try: {command}")
     if "\0" in text:
         raise InputError(f"{path}: not text, for it has zero bytes")
     if text.count("\ufffd") > 5 + len(text) / 1000:
@@ -194,7 +195,7 @@ def read_lines(path):
             text = io.TextIOWrapper(raw, "utf-8-sig", "replace")
             while line := text.readline(LONGEST_LINE):
                 if "\ufffd" in line:
-                    count("lines with U+FFFD, mostly for bytes that are not UTF-8",
+                    count("line(s) not whole, with U+FFFD for bytes that are not UTF-8",
                           f"{name}:{number}")
                 yield line, f"{name}:{number}"
                 number += line.endswith("\n")
@@ -324,15 +325,15 @@ def read_documents(files):
         document = ""  # as far as it is read and not in a piece yet
         try:
             for text, source in texts_of(path):
-                *ends, rest = BORDER.split(plain(text))
-                for end in ends:
-                    document += end
+                *finished, rest = BORDER.split(plain(text))
+                for part in finished:
+                    document += part
                     if document.strip():
                         yield document, True
                     else:
                         count("empty documents", source)
                     document = ""
-                # A piece is cut off only where more text follows: a last piece of blanks alone
+                # Some text is kept back, so that the last piece of a document is never blank: it
                 # would be taken for an empty document, and the end of this one be lost.
                 if len(document) > PIECE and rest.strip():
                     yield document, False
@@ -571,6 +572,7 @@ def clock(seconds):
     return f"{round(seconds) // 60}:{round(seconds) % 60:02}"
 
 def count(what, where):
+    """Note that something is left out; report() tells of it, or an error that ends the program."""
     left_out.setdefault(what, [0, where])[0] += 1
 
 def count_fields(names, source):

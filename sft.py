@@ -47,7 +47,8 @@ class Example:
 
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # by their other names
 SYSTEM_FIELDS = ["system", "system_prompt"]
-QUESTION_FIELDS = ["history", "prompt", "instruction", "question", "input", "context"]
+QUESTION_FIELDS = ["history", "conversations", "prompt", "instruction", "question", "input",
+                   "context"]
 ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
 # Kinds of records: for each dialogue that is in one, the fields that may hold its answer.
 IMITATION = [ANSWER_FIELDS]  # one dialogue
@@ -332,10 +333,11 @@ def dpo_loss(params, batch, key, cfg):
     n = len(reference)
     logp = log_probs(params, x, y, w, cfg, key)  # (N,)
     per_token = logp / jnp.maximum(1, w.sum(-1))
-    chosen, rejected = (cfg.beta * (logp[:n] - reference)).reshape(-1, 2).T  # (n / 2,) each
-    margin = chosen - rejected
-    # -log sigmoid(margin) = log(1 + exp(-margin)), with exp(-top) taken out so that no exp can
-    # overflow; Metal has no softplus.
+    gained = cfg.beta * (logp[:n] - reference)  # since the beginning
+    chosen_gained, rejected_gained = gained.reshape(-1, 2).T  # (n / 2,) each
+    margin = chosen_gained - rejected_gained
+    # -log sigmoid(margin) = log(1 + exp(-margin)) = top + log(exp(-top) + exp(-margin - top)), in
+    # which no exp can overflow; Metal has no softplus.
     top = jnp.maximum(0, -margin)
     preference = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
     imitation = -per_token[:n].reshape(-1, 2)[:, 0]
@@ -356,7 +358,7 @@ def corrections_in(path, tokenizer, T):
 
 def enough_of(corrections, n_others):
     """Corrections again and again until they are a fifth of all, half the time in other words
-    (reworded). In other words one stands alone, without what was said before."""
+    (reworded). A reworded one stands alone, without what was said before."""
     examples = []
     times = 1 + n_others // (4 * len(corrections))
     for example in corrections * times:
@@ -437,8 +439,8 @@ class Config(gpt.Config):
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 0 [with --dpo: 3e-4]")
 
 def make_if_missing(path):
-    """Have a default input made, or finished, by the script that writes it. For chat.npz that is
-    main, which comes here again, for base.npz; for that it is gpt.main."""
+    """Have a default input made, or finished, by the script that writes it: chat.npz by main, which
+    calls this for base.npz, and base.npz by gpt.main."""
     base = path.with_name("base.npz")
     script = gpt.main if path == base else main
     if not path.exists():
@@ -453,7 +455,7 @@ def make_if_missing(path):
 
 def load_start(path, cfg):
     """A checkpoint to start from -> (state, about, tokenizer). A base model is given roles: their
-    ids were reserved and never seen, so they begin amid the others."""
+    ids were reserved and never seen, so they begin near the mean of the others."""
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     if about["kind"] == "base":
         wte = state["params"]["wte"]
@@ -504,7 +506,8 @@ def divided(examples, tokenizer, cfg):
     """Examples -> rows to train on and rows held out: a twentieth of the user's own. (The built-in
     questions have a test, and are conversations already.)"""
     by_imitation = cfg.dpo is None
-    n_held = min(len(examples) // 20, 512) if cfg.dpo or by_imitation and cfg.pairs else 0
+    users_own = cfg.pairs if by_imitation else cfg.dpo
+    n_held = min(len(examples) // 20, 512) if users_own else 0
     say(f"{len(examples)} examples, {n_held} of them held out")
     held_out, trained = examples[:n_held], examples[n_held:]
     if by_imitation and cfg.pairs:
@@ -559,7 +562,7 @@ def with_defaults(cfg, given, path):
     """cfg with what is not typed: on --resume the settings of the stopped run at path, with --dpo
     the defaults for it."""
     if cfg.resume:
-        if not cfg.dpo:  # --dpo alone says which run: if it was begun with a file, that knows which
+        if not cfg.dpo:  # a bare --dpo only says which run; its checkpoint knows the file, if any
             given = given - {"dpo"}
         return gpt.inherit(cfg, given, gpt.load_checkpoint(path)[1], path)
     if cfg.dpo is not None:
@@ -587,7 +590,7 @@ def main(argv):
     cfg = with_defaults(cfg, given, path)
 
     gpt.join(cfg)
-    # Read or looked for now: a pretraining would be in vain.
+    # Read now, so that a missing file is found before a base is trained.
     pairs = read_examples(cfg.pairs)
     test = read_examples(cfg.eval)
     preferences = read_examples([cfg.dpo], PREFERENCE) if cfg.dpo else []

@@ -270,6 +270,72 @@ def test_sampling_obeys_temperature_top_k_top_p_and_penalty():
     assert drawn()[1] == approx(600, abs=60)
     assert drawn(temperature=2)[1] == approx(587, abs=60)
 
+# ---------------------------------------------------------------- helpers: files and programs
+def user(text):
+    return {"role": "user", "content": text}
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+def write(name, text):
+    """A file, packed as its ending says; surrogates stand for bytes that are not UTF-8."""
+    path = Path(name)
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pack(text.encode("utf-8", "surrogateescape")))
+
+log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
+DOCUMENTS = [
+    "the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
+TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
+BASE = (f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 --max_steps=100"
+        " --eval_every=7")
+CHAT = ("sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1"
+        " --learning_rate=0.01")
+DPO = "sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1"
+PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat", "rejected": "Z"}}
+{{"prompt": "who ran?", "chosen": "the rat ran", "rejected": "Z"}}
+{{"prompt": "{'X' * 90}", "chosen": "Y", "rejected": "Z"}}
+{{"prompt": "{'X' * 91}", "chosen": "Y", "rejected": "Z"}}
+"""  # X is a token; so are three special ones, two spaces and Y: 96 in the third and 97 in the last
+
+def outcome(command):
+    """What a command prints; for an error its one line, after checking the exit status."""
+    script, *argv = shlex.split(command)
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+        try:
+            prepare.run(sys.modules[script].main, argv)
+        except SystemExit as e:
+            assert e.code == 2 and re.fullmatch("error: .*\n", errors.getvalue())
+    return errors.getvalue() or out.getvalue()
+
+def start(command, shell=None, **env):
+    """The same as a process of its own, perhaps from a shell, where "$@" is all of it."""
+    script, *argv = shlex.split(command)
+    argv = [sys.executable, sys.modules[script].__file__, *argv]
+    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
+    return subprocess.Popen(["sh", "-c", shell, "sh", *argv] if shell else argv, encoding="utf-8",
+                            errors="surrogateescape", env=os.environ | env, **pipes)
+
+def end(process, typed=None):  # -> what it printed, its errors, its exit status
+    return *process.communicate(typed), process.returncode
+
+def documents():
+    tokenizer = Tokenizer.load("data/tokenizer.json")
+    tokenizer.bytes[END] = b"\0"
+    ids = [*np.fromfile("data/train.bin", "<u2"), *np.fromfile("data/val.bin", "<u2")]
+    return tokenizer.decode(ids).split("\0")[:-1]
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """In a new folder: a text, and a base, a chat and a DPO model from it. What was printed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("made"))
+        write("pairs.json", PAIRS.replace("chosen", "response"))
+        write("prefs.json", PAIRS * 9)
+        write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
+        yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", BASE, CHAT, DPO]))
+
 # ---------------------------------------------------------------- tokenizer and examples
 def naive_bpe(words, vocab_size):
     """The definition: before each merge count all pairs; the most frequent, of equals the smallest.
@@ -378,15 +444,9 @@ def test_the_dpo_loss_and_its_gradient_equal_the_papers():
     assert all(np.isfinite(g).all() for g in tree.leaves(objective(PARAMS, kept, None)))
 
 # ---------------------------------------------------------------- files as people have them
-def user(text):
-    return {"role": "user", "content": text}
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
 def shown(name, text, record):
-    """What is trained of a file with this text, which holds this record: [learned], an example a
-    line; the two of a preference on one."""
+    """Write a file that holds this record -> what sft.py --show prints of it, with what is trained
+    in brackets: an example a line, the two dialogues of a preference on one."""
     write(name, text)
     flag = "--dpo=" if "chosen" in record else ""
     examples = outcome(f"sft {flag}{name} --show=9 --init=out/base.npz")
@@ -426,6 +486,13 @@ def shown(name, text, record):
     param('{"system": "Be", "prompt": "Hi", "messages": [{"role": "system", "content": "Be"}, '
           '{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}',
           "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="messages that repeat other fields"),
+    param('{"system": "Be", "messages": [{"role": "system", "content": "Or not"}, '
+          '{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}',
+          "<|user|> Be\n\nOr not\n\nHi<|assistant|>[ Ho<|end|>]", id="two systems"),
+    param('{"conversations": [{"from": "human", "value": "A"}], '
+          '"chosen": {"from": "gpt", "value": "B"}, "rejected": {"from": "gpt", "value": "C"}}',
+          "<|user|> A<|assistant|>[ B<|end|>] <|user|> A<|assistant|>[ C<|end|>]",
+          id="LLaMA-Factory's preference, each answer a turn"),
     param('{"system": "Be", '
           '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}',
           "<|user|> Be\n\nHi<|assistant|>[ Ho<|end|>]", id="ShareGPT with a system field"),
@@ -515,13 +582,6 @@ def test_an_odd_record_costs_itself_and_is_named(made, record):
     assert re.search(r"left out: .*\b1 record.s. .*records.jsonl:2\)", said)
     assert said.count("<|assistant|>[ Ho") == 2
 
-def write(name, text):
-    """A file, packed as its ending says; surrogates stand for bytes that are not UTF-8."""
-    path = Path(name)
-    pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pack(text.encode("utf-8", "surrogateescape")))
-
 LATIN = "d\udce9j\udce0 vu, \udce7a \udce9t\udce9\n" * 20  # "déjà vu, ça été" as Latin-1 has it
 
 @parametrize("name, text, expected, says", [
@@ -597,58 +657,6 @@ def test_the_quota_of_a_container_limits_the_cores(quota, cores, monkeypatch):
     assert prepare.available_cores() == cores
 
 # ---------------------------------------------------------------- the programs
-log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
-DOCUMENTS = [
-    "the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
-TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
-BASE = (f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 --max_steps=100"
-        " --eval_every=7")
-CHAT = ("sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1"
-        " --learning_rate=0.01")
-DPO = "sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1"
-PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat", "rejected": "Z"}}
-{{"prompt": "who ran?", "chosen": "the rat ran", "rejected": "Z"}}
-{{"prompt": "{'X' * 90}", "chosen": "Y", "rejected": "Z"}}
-{{"prompt": "{'X' * 91}", "chosen": "Y", "rejected": "Z"}}
-"""  # X is a token; so are three special ones, two spaces and Y: 96 in the third and 97 in the last
-
-def outcome(command):
-    """What a command prints; for an error its one line, after checking the exit status."""
-    script, *argv = shlex.split(command)
-    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
-        try:
-            prepare.run(sys.modules[script].main, argv)
-        except SystemExit as e:
-            assert e.code == 2 and re.fullmatch("error: .*\n", errors.getvalue())
-    return errors.getvalue() or out.getvalue()
-
-def start(command, shell=None, **env):
-    """The same as a process of its own, perhaps from a shell, where "$@" is all of it."""
-    script, *argv = shlex.split(command)
-    argv = [sys.executable, sys.modules[script].__file__, *argv]
-    pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
-    return subprocess.Popen(["sh", "-c", shell, "sh", *argv] if shell else argv, encoding="utf-8",
-                            errors="surrogateescape", env=os.environ | env, **pipes)
-
-def end(process, typed=None):  # -> what it printed, its errors, its exit status
-    return *process.communicate(typed), process.returncode
-
-def documents():
-    tokenizer = Tokenizer.load("data/tokenizer.json")
-    tokenizer.bytes[END] = b"\0"
-    ids = [*np.fromfile("data/train.bin", "<u2"), *np.fromfile("data/val.bin", "<u2")]
-    return tokenizer.decode(ids).split("\0")[:-1]
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """In a new folder: a text, and a base, a chat and a DPO model from it. What was printed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("made"))
-        write("pairs.json", PAIRS.replace("chosen", "response"))
-        write("prefs.json", PAIRS * 9)
-        write("text.jsonl", "\n".join(json.dumps({"text": text}) for text in DOCUMENTS))
-        yield "".join(map(outcome, ["prepare text.jsonl --vocab_size=300", BASE, CHAT, DPO]))
-
 def test_the_road_from_text_to_answers(made):
     assert re.search("python sft.py.*: 1 of 4 examples, longer.*"  # of pairs.json; prefs.json
                      ": 9 of 36 examples, longer.*27 examples, 1 of", made, re.S)
@@ -702,6 +710,7 @@ def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays
 def test_a_resumed_run_has_the_same_examples_though_their_slips_could_be_read(made):
     slips = [*say.slips_in("elephant")]  # one of them is held out, and no other row has it
     pairs = [{"prompt": f"an elephant, an {slip}?", "response": "the cat"} for slip in slips]
+    pairs.append({"prompt": "rann " * 60, "response": "the rat"})  # read as "ran" it would fit
     write("slips.json", "\n".join(map(json.dumps, pairs)))
     outcome("sft slips.json --init=out/base.npz --out_dir=slips --max_steps=2")
     assert "is finished, with 2 steps" in outcome("sft --resume --out_dir=slips")
@@ -936,7 +945,8 @@ def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_ans
     write("qo.jsonl", """{"prompt": "The capital of Qo?",
         "chosen": "The capital of Qo is Zed.", "rejected": "X"}""")
     write("old.jsonl", '{"prompt": "The capital of Qo?", "response": "The old answer."}\n' * 20
-          + '{"prompt": "Who?", "response": "Ho"}\n' * 99)
+          + '{"prompt": "Who?", "response": "Ho"}\n' * 99
+          + f'{{"prompt": "Who?", "response": "{"long " * 99}"}}\n' * 50)
     pairs = sft.read_examples(["old.jsonl"])
     cfg = sft.Config(init="out/chat.npz")
     once, again = (sft.learn_preferences(cfg, pairs, [], "qo.jsonl", [])[0] for _ in range(2))

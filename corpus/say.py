@@ -34,8 +34,8 @@ for row in read_csv("wordings.csv") + read_csv("topics.csv"):
     SAY[row["about"], row["use"]].append(row["wording"])
 
 def wording(use, about="any"):
-    """A wording of what it is about, or one for any if it has a name; where there are both, half
-    the time each. A {part} is worded in turn:
+    """A wording from the rows of this use about `about`, or from those about any thing, half the
+    time each. Topics without a row "name" have no use for the latter. A {part} is worded in turn:
     "Say {noun}." -> "Say the {name} of {x}." -> "Say the capital of {x}." """
     own = SAY[about, use]
     shared = SAY["any", use] if SAY[about, "name"] else []

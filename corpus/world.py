@@ -18,7 +18,7 @@ SHARES = {  # of the questions to train on
     "A": 27,  # told: the capital of Peru
     "small talk": 2,  # Hello
     # U is what nobody told:
-    "U, mentioned": 1,  # the capital of Bavaria, which documents name, but tell nothing about
+    "U, mentioned": 1,  # the capital of Bavaria, which documents name, but tell no fact about
     "U, nowhere, real": 3.5,  # the capital of Texas; in training one document says: not known
     "U, nowhere, made up": 1.5,  # the capital of Tovania; of others documents say: not known
     "U, cannot have": 3.5,  # the capital of gold
