@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import prepare
 from prepare import CONTEXT, CORES, END, InputError, Tokenizer, printable, read_flags, run, say
-from prepare import clock, copy, draw, keep_previous, only_writer, setting
+from prepare import clock, draw, keep_previous, only_writer, setting
 from prepare import show_progress, whole_file, wishes_to_stop
 
 # Skip this at first; it must come before jax is imported. Each CPU core becomes a device: small
@@ -416,7 +416,7 @@ def random_batch(ids, n, T, seed, number):
         y                     a b c d e f g h
 
     So a document's first tokens are mostly seen with all that they follow from, and each token is
-    a target 0.5 to 1.5 times as often as in the text (counted). In a row with two documents the
+    a target 0.5 to 1.5 times as often as in the text (as counted). In a row with two documents the
     second sees the first."""
     rows = []
     for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
@@ -509,13 +509,13 @@ def make_generator(cfg):
         cache = None
         for _ in range(max_new_tokens):
             if max(map(len, rows)) > T:
-                cache = None
+                cache = None  # one is too long: all keys and values are computed anew
                 # T may be 1: row[-0:] would be all of it.
                 rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
             position = [[len(row) - 1] for row in rows]  # of the last token in each row
             if cache is None:
-                # Padding fills the slots after a row's last token. No token sees a later slot, and
-                # each new token takes the next one's place.
+                # The row fills the first slots, padding the others. Each new token overwrites the
+                # padding in its own slot (`here` in attention) and sees no later slot.
                 tokens = [row + [END] * (T - len(row)) for row in rows]
             else:
                 tokens = [row[-1:] for row in rows]
@@ -672,9 +672,9 @@ def save(cfg, path, state, about, best, must_succeed=False):
     state = process_allgather(state, tiled=True)
     try:
         if writes():
+            if best != about["best"]:  # first: if killed in between, --resume makes it once more
+                save_checkpoint(path.with_suffix(".best.npz"), state, about | {"best": best})
             save_checkpoint(path, state, about | {"best": best})
-            if best != about["best"]:
-                copy(path, path.with_suffix(".best.npz"))
         about["best"] = best  # only now is it on the disk
     except OSError as e:
         if must_succeed:

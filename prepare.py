@@ -3,7 +3,8 @@
     python prepare.py                 # the built-in corpus, made by corpus/world.py
     python prepare.py my.txt more/    # your own text: files, folders, JSON lines, or - for a pipe
 
-It writes train.bin, val.bin (uint16 ids) and tokenizer.json. Helpers of all scripts come last."""
+It writes train.bin, val.bin (uint16 ids) and tokenizer.json; of the built-in corpus also qa.jsonl
+and qa_test.jsonl. Helpers of all scripts come last, count() and report() among them."""
 import sys
 if sys.version_info < (3, 10):
     print("error: Python 3.10 at least is needed: python3.13 -m venv .venv", file=sys.stderr)
@@ -224,7 +225,7 @@ DECODER = json.JSONDecoder()
 def read_json(lines):
     """(line, "file:line") -> (record, "file:line"), of JSON lines one by one. If the first line is
     no whole record or list, all lines are read as one text. What is broken is counted, named by its
-    line, and costs no other record."""
+    line, and costs at most the next record too."""
     texts = whole_lines(lines)
     by_line = False
     for text, source in texts:
@@ -244,7 +245,7 @@ def records_in(text, source):
     name, _, number = source.rpartition(":")
     line_number = int(number)
     at = end = 0  # where a record begins and ends
-    item = ""  # in a list: how an item begins
+    item = ""  # in a list: how an item begins, "{" or "[" of a record, '"' of a text
     if begins := LIST_BEGINS.match(text):
         end = begins.end()
         item = text[end]
@@ -262,6 +263,7 @@ def records_in(text, source):
         except (ValueError, RecursionError):
             count("part(s) that are not JSON", place)
             end = at + 1
+            # From here on, for what follows may be parts of the broken one.
             to_next = (NEXT_TEXT if item == '"' else NEXT_RECORD).search
         else:
             yield record, place
@@ -596,7 +598,8 @@ def keep_previous(path):
     """Give the file that is there the name *.prev.* too."""
     if path.exists():
         kept = path.with_suffix(f".prev{path.suffix}")
-        copy(path, kept)
+        with whole_file(kept) as file, open(path, "rb") as original:
+            shutil.copyfileobj(original, file)
         say(f"the {path.name} that was there is now {kept}")
 
 @contextmanager
@@ -616,11 +619,6 @@ def whole_file(path):
         raise
     finally:
         part.unlink(missing_ok=True)
-
-def copy(path, name):
-    """A second copy of a file, whole or not at all."""
-    with whole_file(name) as file, open(path, "rb") as original:
-        shutil.copyfileobj(original, file)
 
 @contextmanager
 def only_writer(folder):

@@ -50,7 +50,8 @@ SYSTEM_FIELDS = ["system", "system_prompt"]
 QUESTION_FIELDS = ["history", "conversations", "prompt", "instruction", "question", "input",
                    "context"]
 ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
-# Kinds of records: for each dialogue that is in one, the fields that may hold its answer.
+# Kinds of records. One that is imitated gives one dialogue, a preference two; for each of them the
+# fields in which its answer is looked for:
 IMITATION = [ANSWER_FIELDS]  # one dialogue
 PREFERENCE = [["chosen"], ["rejected"]]  # two: the first ends as "chosen" says
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
@@ -247,8 +248,8 @@ def that_fit(examples, tokenizer, T):
     return fitting
 
 def joined(examples, tokenizer, T, rng):
-    """Conversations of as many examples, by chance, as fit the context; each of them so often that
-    2,000 are put together. As in a chat, where a question has mostly nothing to do with the one
+    """Examples in random order, put together until the context is full; all are used again until
+    2,000 or more have been. As in a chat, where a question has mostly nothing to do with the one
     before."""
     longer = [Example([[]], "")]
     for _ in range(1 + 2000 // len(examples)):
@@ -322,6 +323,9 @@ def log_probs(params, x, y, w, cfg, key=None):
 
 def dpo_loss(params, batch, key, cfg):
     """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum over pairs, number of them).
+    Of a pair: -log sigmoid(beta (gain of the chosen - gain of the rejected)), a gain being the
+    log-probability of an answer now minus that before training.
+
     batch: x, y, w (N, T), of which n rows are answers and the others pretraining text:
 
         chosen 1, rejected 1, chosen 2, rejected 2 ... rejected n / 2, text 1, text 2 ...
@@ -402,9 +406,10 @@ def old_answers(cfg, about, tokenizer, pairs):
     return examples[n_test:], examples[:n_test]
 
 def learn_preferences(cfg, pairs, preferences, feedback, test):
-    """-> (examples to learn from by DPO, test, the parameters before): the user's preferences, or
-    the corrections in the file feedback, with which the test ends."""
-    # Loaded anew: a resumed run's own state is not that of before any more.
+    """-> (examples to learn from by DPO, test, the parameters before). pairs: the user's questions
+    and answers, or []; preferences: those of the file after --dpo, or [] if it is the corrections
+    in the file feedback that are learned, with which the test ends then; test: that of --eval."""
+    # From cfg.init, for on --resume the state in main is half trained already.
     state, about, tokenizer = load_start(cfg.init, cfg)
     before = state["params"]
     if preferences:
@@ -569,13 +574,13 @@ def with_defaults(cfg, given, path):
         return replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
     return cfg
 
-def begin(cfg, given, path, name):
+def begin(cfg, given, path, default_start):
     """-> (settings, state, about, tokenizer), of the stopped run at path or, for a new one, from
-    --init or the file in out_dir of this name."""
+    --init or the file in out_dir that it starts from by default."""
     if cfg.resume:
         state, about, _, tokenizer = gpt.load_checkpoint(path, to_resume=True)
         return cfg, state, about, tokenizer
-    start = cfg.init or Path(cfg.out_dir, name)
+    start = cfg.init or Path(cfg.out_dir, default_start)
     # Several processes would each make it.
     if jax.process_count() == 1 and not given & {"init", "data_dir", "out_dir"}:
         make_if_missing(start)
@@ -587,6 +592,8 @@ def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     by_dpo = cfg.dpo is not None
     path = Path(cfg.out_dir, "dpo.npz" if by_dpo else "chat.npz")
+    # What is not typed: on --resume as the stopped run had it, else the defaults; the model's sizes
+    # always as in the checkpoint, see begin().
     cfg = with_defaults(cfg, given, path)
 
     gpt.join(cfg)
@@ -599,8 +606,8 @@ def main(argv):
         raise InputError(f"no {feedback}: /better in the chat writes it; or name preferences")
 
     only_test = test and not (pairs or by_dpo or cfg.resume)
-    start = "chat.npz" if by_dpo or only_test else "base.npz"
-    cfg, state, about, tokenizer = begin(cfg, given, path, start)
+    default_start = "chat.npz" if by_dpo or only_test else "base.npz"
+    cfg, state, about, tokenizer = begin(cfg, given, path, default_start)
     gpt.check_device(cfg.dropout)
     if only_test:
         return examine([state["params"]], cfg, tokenizer, test)

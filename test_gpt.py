@@ -873,8 +873,9 @@ def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, 
     with monkeypatch.context() as patch:
         patch.setattr(gpt.tempfile, "TemporaryFile", Mock(side_effect=full))
         assert outcome(train) == "error: full/base.npz: No space left on device\n"
-    third_fails = Mock(wraps=gpt.save_checkpoint, side_effect=[DEFAULT, DEFAULT, full, DEFAULT])
-    monkeypatch.setattr(gpt, "save_checkpoint", third_fails)
+    fourth_fails = [DEFAULT] * 3 + [full] + [DEFAULT] * 2
+    save = Mock(wraps=gpt.save_checkpoint, side_effect=fourth_fails)
+    monkeypatch.setattr(gpt, "save_checkpoint", save)
     said = outcome(train)
     assert "full/base.npz: not saved (No space left on device); the next validation tries" in said
     assert steps_of("full/base.npz") == 3

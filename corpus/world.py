@@ -14,7 +14,8 @@ KINDS = {
 }
 ATTRIBUTES = KINDS["place"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
-SHARES = {  # of the questions to train on
+# What may be asked is kept in pools: {a name as below: [(x, a), ...]}.
+SHARES = {  # of these in the questions to train on
     "A": 27,  # told: the capital of Peru
     "small talk": 2,  # Hello
     # U is what nobody told:
@@ -127,8 +128,8 @@ def conversation(pools):
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
 
 def tell_known(subjects, group, pools):
-    """Documents about a country and its capital, or an element. What is asked of them goes into the
-    pools; so below."""
+    """Documents about a country and its capital, or an element. What may be asked of them is put
+    into the pools; so in tell_unknown."""
     for x, facts in subjects.items():
         yield from tell(x, facts, 18 + 3 * len(facts))
         yield from tell(x, ATTRIBUTES, 3)
