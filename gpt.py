@@ -643,9 +643,13 @@ def as_line(row):
 
 def check_room(path):
     """Fail now if the disk has no room for two more checkpoints: the best one and the next one."""
-    with tempfile.TemporaryFile(dir=path.parent) as room:
-        room.write(path.read_bytes())
-        room.write(path.read_bytes())
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as room:
+            room.write(path.read_bytes())
+            room.write(path.read_bytes())
+    except OSError as e:
+        e.filename = path
+        raise
 
 def begin_files(cfg, path, state, about):
     """Save at once, so that a full disk is noticed now, and write the log so far. What the run

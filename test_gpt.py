@@ -868,7 +868,7 @@ def test_a_run_whose_terminal_and_log_are_gone_goes_on(made):
     process.stdin.close()
 
 def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, monkeypatch):
-    full = OSError(28, "No space left on device", "full/base.npz")
+    full = OSError(28, "No space left on device")
     train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=full"
     with monkeypatch.context() as patch:
         patch.setattr(gpt.tempfile, "TemporaryFile", Mock(side_effect=full))
