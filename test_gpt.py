@@ -690,9 +690,14 @@ def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays
     answers = ["X" * n for n in range(1, 21)]  # told apart by their lengths
     write("lengths.json", "\n".join(f'{{"prompt": "?", "response": "{a}"}}' for a in answers))
     train = Mock(return_value={"params": None})
+    divided = Mock(wraps=sft.divided)
     monkeypatch.setattr(gpt, "train", train)
+    monkeypatch.setattr(sft, "divided", divided)
     outcome("sft lengths.json --init=out/base.npz --batch_size=4")
     batch_at = train.call_args.args[4]
+    rows, _ = divided(*divided.call_args.args)
+    taken = np.concatenate([batch_at(number)[0][:3] for number in range(20)])
+    assert (taken == rows[:60, 0, 0]).all()  # one after the other
     lengths = []  # of the answers in each row
     replayed = set()
     for x, y, w in map(batch_at, range(90)):  # 3 rows, and one replayed
