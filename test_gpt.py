@@ -744,6 +744,8 @@ def test_the_last_correction_of_a_question_is_learned(made):
     assert before["ran"] == after["ran"]  # the text is counted once
     other = outcome("chat corrected/dpo.npz --prompt='where is the cat?'")
     assert other == "the cat sat on the mat\n"  # one of the pairs that it was fine-tuned on
+    named = "sft pairs.json --dpo --init=out/chat.npz --out_dir=corrected --batch_size=4"
+    assert "checkpoint: corrected" in outcome(f"{named} --max_steps=2")
     said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
     assert said.startswith("nothing keeps the other answers as they are")
 
