@@ -9,7 +9,7 @@ head is written for one sequence and jax.vmap makes all heads of all sequences o
 derives the backward pass; jax.jit compiles. In shapes: B batch, T time (tokens), S time of keys
 and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand last in prepare.py.
 """
-import csv, ctypes, json, math, os, re, sys, tempfile, time, zlib
+import csv, ctypes, json, math, os, re, shutil, sys, time, zlib
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -638,18 +638,15 @@ def steps_in_time(cfg, done, ticks):
         show_progress(f"{cfg.minutes:g} minutes are enough for about {steps} steps", last=True)
     return replace(cfg, max_steps=steps)
 
-def as_line(row):
-    return ",".join("" if value is None else str(value) for value in row) + "\n"
+def add_rows(path, mode, rows):
+    """Add rows ("a") to the log of a checkpoint or begin it anew with them ("w")."""
+    with open(log_of(path) if writes() else os.devnull, mode) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)  # None as nothing
 
 def check_room(path):
     """Fail now if the disk has no room for two more checkpoints: the best one and the next one."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as room:
-            room.write(path.read_bytes())
-            room.write(path.read_bytes())
-    except OSError as e:
-        e.filename = path
-        raise
+    if shutil.disk_usage(path.parent).free < 2 * path.stat().st_size:
+        raise InputError(f"{path}: the disk has no room for two more of it")
 
 def begin_files(cfg, path, state, about):
     """Save at once, so that a full disk is noticed now, and write the log so far. What the run
@@ -662,8 +659,7 @@ def begin_files(cfg, path, state, about):
     save(cfg, path, state, about, about["best"], must_succeed=True)
     if writes():
         check_room(path)
-        rows = [Row._fields, *about["log"]]
-        log_of(path).write_text("".join(map(as_line, rows)))
+    add_rows(path, "w", [Row._fields, *about["log"]])
 
 def lower(best, new):
     """Of two [step, nats, bits a byte] the one with the lower loss, if there is one."""
@@ -695,8 +691,8 @@ def speed_of(ticks, cfg):
 def write_row(cfg, about, path, stays):
     """The last row of the log onto the screen, and into the file if that is possible."""
     row = about["log"][-1]
-    with suppress(OSError), open(log_of(path) if writes() else os.devnull, "a") as file:
-        file.write(as_line(row))
+    with suppress(OSError):
+        add_rows(path, "a", [row])
     left = clock((cfg.max_steps - row.step) * tokens_a_step(cfg) / row.tokens_per_second)
     validation = f"validation {row.val_loss:.3f}  " if row.val_loss else ""
     show_progress(f"step {row.step}/{cfg.max_steps}  loss {row.train_loss:.3f}  {validation}"
