@@ -53,8 +53,9 @@ def prompt_ids(messages, tokenizer, block_size):
     return ids
 
 def load(path):
-    """-> reply(messages, cfg, seen): pieces, never half a character, of a chat model's answer, or
-    of the last text and how a base model continues it. Each token's probability goes to seen."""
+    """-> (reply, whether it is a chat model). reply(messages, cfg, seen) gives text piece by piece,
+    never half a character: a chat model's answer or, of a base model, the last message and how it
+    goes on. To seen it adds how probable each token was."""
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     generate = gpt.make_generator(model)
     answers = about["kind"] == "chat"
@@ -73,8 +74,9 @@ def load(path):
     def reply(messages, cfg, seen):
         text = messages[-1].text
         if answers:
+            read = sft.as_read(text, about.get("words", {}))
+            messages[-1] = Message("user", read)  # what /better will name, too
             ids = prompt_ids(messages, tokenizer, T)
-            read = sft.as_read(text, tokenizer.words)
             if read != text:
                 seen.append(f"read as {read!r}")
         else:
@@ -86,7 +88,7 @@ def load(path):
             yield text
         yield from pieces
 
-    return reply
+    return reply, answers
 
 def correct(messages, better, path):
     """Add what the last answer should have been to a file, whole or not at all, in the format of
@@ -120,8 +122,9 @@ def typed():
         except EOFError:
             return print()
 
-def converse(reply, cfg, path):
-    """At a terminal: questions, commands, and settings with their new value."""
+def converse(reply, cfg, feedback):
+    """At a terminal: questions, commands, and settings with their new value. feedback: the file for
+    corrections; a base model has none."""
     messages = []  # the conversation, without an answer that was stopped by Ctrl-C
     shown = []  # the same, with what was last shown, if only half: that is what /better corrects
     seen = []  # how sure it was of each token of that
@@ -135,9 +138,9 @@ def converse(reply, cfg, path):
             elif command in ("/help", "/probs"):
                 print(HELP if command == "/help" else "\n".join(seen) or "no answer was shown yet")
             elif command == "/better":
-                if gpt.load_checkpoint(path)[1]["kind"] == "base":
+                if not feedback:
                     raise InputError("/better corrects answers; a base model only continues texts")
-                correct(shown, value, path.with_name("feedback.jsonl"))
+                correct(shown, value, feedback)
             elif command.startswith("/"):
                 if command[1:] not in SETTINGS:
                     raise InputError(f"{command}: no command or setting; /help names them")
@@ -174,7 +177,7 @@ def main(argv):
         if not cfg.checkpoint:
             sft.make_if_missing(path)
     gpt.check_device()
-    reply = load(path)
+    reply, answers = load(path)
     if cfg.prompt is not None:
         return print(printable("".join(reply([Message("user", cfg.prompt)], cfg, []))))
     if not sys.stdin.isatty():
@@ -182,7 +185,8 @@ def main(argv):
     with suppress(ImportError):
         import readline  # noqa: F401  line editing and history at the prompt
     print(f"{path}: ask a question, or begin a text if it is a base model; /help for help")
-    converse(reply, cfg, path)
+    feedback = path.with_name("feedback.jsonl") if answers else None
+    converse(reply, cfg, feedback)
 
 if __name__ == "__main__":
     run(main)

@@ -39,7 +39,7 @@ with suppress(AttributeError, OSError, TypeError):
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
+from jax.experimental.multihost_utils import process_allgather, sync_global_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---------------------------------------------------------------- settings: each is a flag
@@ -88,20 +88,20 @@ def on_metal():
     """Whether that is Apple's GPU: its plug-ins lack some operations, and the code does without."""
     return device().platform.lower() in ("metal", "mps", "mtl")
 
-def of_all(value):
-    """The value in each process, as an array: there are several on several hosts (see join). The
-    first of them waits here for the last."""
+def in_all_processes(value):
+    """The values that it has in all processes, as an array. There is one process, but on several
+    hosts one on each (see join)."""
     return process_allgather(np.array(value))
 
 def fast_dtype():
-    """bfloat16 where the CPUs of all processes multiply it natively, as Linux tells."""
+    """bfloat16 if the CPUs of all processes multiply it natively, as Linux tells, else float32."""
     cpu = Path("/proc/cpuinfo")
     native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
-    gains = jax.__version_info__ >= (0, 10)  # 0.5.0 does not, at larger sizes
-    return "bfloat16" if of_all(native and gains).all() else "float32"
+    new_enough = jax.__version_info__ >= (0, 10)  # older ones are no faster with it
+    return "bfloat16" if in_all_processes(native and new_enough).all() else "float32"
 
 def writes():
-    """Whether this process is the one that prints and writes; on several hosts others do not."""
+    """Whether this process prints and writes: on several hosts only the first one does."""
     return jax.process_index() == 0
 
 def tokens_a_step(cfg):
@@ -142,10 +142,10 @@ def lookup(table, ids):
     return table[ids]
 
 def matmul(x, w, cfg, axis=0):
-    """x (..., M) times a weight matrix w (M, N) -> (..., N). With axis=1, as where the embedding is
-    the output layer, w is (N, M)."""
+    """x (..., M) times a weight matrix w (M, N) -> (..., N). With axis=1 w is (N, M): so is the
+    embedding when it is the output layer."""
     if cfg.dtype == "bfloat16" and not on_metal():
-        return rounded_matmul(x, w, axis)
+        return rounded_matmul(x, w, axis)  # the same with rounded numbers, see below
     return jnp.tensordot(x, w, (-1, axis))
 
 def norm(x, gain=1.0):
@@ -180,23 +180,40 @@ def head(q, k, v, allowed):
     weights = jax.nn.softmax(jnp.where(allowed, scores, -1e9))  # finite: -inf is NaN on Metal
     return weights @ v
 
-heads = jax.vmap(head, (0, 0, 0, None))  # of one sequence: q (H, T, D), k and v (H, S, D)
+# All heads of one sequence: q (H, T, D), k and v (H, S, D). They share `allowed`, hence None.
+heads = jax.vmap(head, (0, 0, 0, None))
 QUERIES = 128
 
 def causal_heads(q, k, v):
-    """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D).
-    At the default context this is heads(q, k, v, np.tri(T)). For long ones it is done 128 queries
-    at a time, with the keys up to the last of them, which is half the work; and with jax.checkpoint
-    jax.grad computes the attention weights again instead of keeping them."""
+    """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D). In short:
+
+        heads(q, k, v, np.tri(T, dtype=bool))
+
+    In a long context 128 queries at a time are compared with the keys up to the last of them: half
+    the work. jax.checkpoint saves memory: jax.grad computes the weights again instead of keeping
+    them."""
     T = q.shape[1]
     # XLA must not merge the second computation with the first; Metal lacks the barrier for that.
     some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())
     parts = []
     for start in range(0, T, QUERIES):
         end = min(start + QUERIES, T)
-        allowed = np.tri(end - start, end, start, dtype=bool)  # query start + i: keys to start + i
+        # Row i is query start + i, which sees the keys up to start + i.
+        allowed = np.tri(end - start, end, start, dtype=bool)
         parts.append(some_heads(q[:, start:end], k[:, :end], v[:, :end], allowed))
     return jnp.concatenate(parts, axis=1)
+
+def cached_heads(q, k, v, position, cache, cfg):
+    """In generation, skip it until make_generator: one new token for each sequence, at position
+    (B, 1): q, k, v (B, H, 1, D) -> (B, H, 1, D), keys and values (B, H, S, D). The cache has a slot
+    for each of the S = block_size positions. The first pass has filled all, with the prompt and
+    padding. The token's key and value go into its own slot, and it sees the slots up to there."""
+    slots = np.arange(cfg.block_size)[None]  # (1, S)
+    is_own = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
+    k = jnp.where(is_own, k, cache[0])
+    v = jnp.where(is_own, v, cache[1])
+    allowed = (slots <= position)[:, None]  # (B, 1, S)
+    return jax.vmap(heads)(q, k, v, allowed), k, v
 
 def attention(x, wqkv, wo, position, cache, cfg):
     """(B, T, C) -> (B, T, C), and the keys and values (B, H, S, D) that later tokens look at."""
@@ -206,23 +223,14 @@ def attention(x, wqkv, wo, position, cache, cfg):
         return z.reshape(B, T, cfg.n_head, -1).transpose(0, 2, 1, 3)
 
     q, k, v = map(to_heads, jnp.split(matmul(x, wqkv, cfg), 3, axis=-1))
-    # Queries and keys of one length learn faster (arXiv 2010.04245). With a gain of 1.2 scores go
-    # up to 1.44 sqrt(D), enough to look at one token alone.
+    # Queries and keys are normalised, which learns faster (arXiv 2010.04245). With a gain of 1.2
+    # scores go up to 1.44 sqrt(D), enough to look at one token alone.
     q = norm(rotate(q, position, cfg), 1.2)
     k = norm(rotate(k, position, cfg), 1.2)
     if cache is None:  # in training; and in generation at first, for whole prompts
         y = jax.vmap(causal_heads)(q, k, v)
     else:
-        # In generation: one new token for each sequence (T = 1), at position (B, 1). Skip it until
-        # make_generator. The cache has a slot for each of the S = block_size positions; the first
-        # pass has filled all of them, with the prompt and padding. Key and value of the token go
-        # into its own slot, and it sees those up to there.
-        slots = np.arange(cfg.block_size)[None]  # (1, S)
-        here = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
-        k = jnp.where(here, k, cache[0])  # (B, H, 1, D) into (B, H, S, D)
-        v = jnp.where(here, v, cache[1])
-        allowed = (slots <= position)[:, None]  # (B, 1, S)
-        y = jax.vmap(heads)(q, k, v, allowed)
+        y, k, v = cached_heads(q, k, v, position, cache, cfg)
     y = y.transpose(0, 2, 1, 3).reshape(B, T, C)
     return matmul(y, wo, cfg), (k, v)
 
@@ -316,9 +324,8 @@ def new_state(params):
 def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
     """Step t (from 1, as in the paper) of Adam (arXiv 1412.6980), with the gradient clipped to a
     global norm and with decoupled weight decay of matrices (arXiv 1711.05101)."""
-    square = sum((g * g).sum() for g in jax.tree.leaves(grads))
-    length = jnp.sqrt(square)
-    scale = jnp.minimum(1, (cfg.grad_clip or math.inf) / (length + 1e-6))
+    global_norm = jnp.sqrt(sum((g * g).sum() for g in jax.tree.leaves(grads)))
+    scale = jnp.minimum(1, (cfg.grad_clip or math.inf) / (global_norm + 1e-6))
     grads = jax.tree.map(lambda g: g * scale, grads)
     m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state["m"], grads)
     v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state["v"], grads)
@@ -327,25 +334,24 @@ def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
     correct2 = 1 - jnp.exp(t * math.log(beta2))
 
     def new_value(p, m, v):
-        # Some rows of the embedding are held fixed in sft.py and never have a gradient: without
-        # this they would decay there.
+        # Where there never was a gradient nothing decays: sft.py holds rows of the embedding fixed.
         decay = jnp.where(v > 0, cfg.weight_decay * p, 0) if p.ndim > 1 else 0
         return p - rate * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay)
 
     return {"params": jax.tree.map(new_value, state["params"], m, v), "m": m, "v": v}
 
 def placements(n_rows, devices=None):
-    """Where arrays live, -> (whole, split): a copy on each device, or divided among them along the
-    first axis. As many devices as divide the rows. jit adds what they must tell each other. Skip
-    this at first, and the two functions after it."""
+    """Where arrays live, skip it at first -> (whole, split): whole means a copy on each device,
+    split means divided among them along the first axis. It takes as many devices as divide the
+    number of rows. jit adds what the devices must tell each other."""
     devices = devices or jax.devices(device().client)  # all of the default one's kind
     n = max(i for i in range(1, len(devices) + 1) if n_rows % i == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
     return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
 
 def placements_of(state, cfg):
-    """A tree like the state: where each array lives between steps, whole on every device or with
-    --shard_params split along its last axis, a multiple of C (ZeRO, arXiv 1910.02054)."""
+    """A tree like the state, skip it at first: where each array lives between steps. That is whole
+    on every device or, with --shard_params, split along its last axis (ZeRO, arXiv 1910.02054)."""
     whole, _ = placements(cfg.batch_size)
 
     def placement(array):
@@ -361,16 +367,18 @@ def put(array, placement):
     return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
 
 def make_step(objective, batch_at, cfg, placed):
-    """A function step(state, number, rate), which does the number-th step (from 0) and returns the
-    new state and the loss. objective(params, batch, key) gives (sum, count) of a micro-batch,
-    batch_at(n) the n-th micro-batch of the run; placed: where the state lives. Micro-batches are
-    added up, then divided once. The old state's memory is donated to the new one where the platform
-    can do that."""
+    """-> step(state, number, rate), which does the number-th step (from 0) and returns the new
+    state and the loss. objective(params, batch, key) gives (sum, count) of a micro-batch, and
+    batch_at(n) the n-th micro-batch of the run. Micro-batches are added up, then divided once.
+
+    out_shardings says where jit leaves its results, and placed where the state lives: a placement
+    for each of its arrays, from placements_of. With one device both could be left out."""
     whole, split = placements(cfg.batch_size)
     gradient = jax.jit(
         jax.value_and_grad(objective, has_aux=True),
         out_shardings=((whole, whole), placed["params"]))  # as it returns ((sum, count), gradients)
 
+    # The old state's memory is given ("donated") to the new one; Metal cannot do that.
     @partial(jax.jit, out_shardings=(placed, whole), donate_argnums=() if on_metal() else 0)
     def update(state, sums, t, rate):
         (total, count), grads = sums
@@ -408,15 +416,15 @@ def load_tokens(path, tokenizer, at_least):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. A row begins at a place that is drawn; but if an <|end|>
-    stands less than T / 2 before that, it begins with this:
+    that a resumed run sees the same. For each row a place in ids is drawn. The row begins there,
+    but if there is an <|end|> at it or less than T / 2 tokens before it, with that <|end|>:
 
         ids   ... y z <|end|> a b c d e f g h i j ...      T = 8, drawn: c
         x             <|end|> a b c d e f g
         y                     a b c d e f g h
 
-    So a document's first tokens are mostly seen with all that they follow from, and each token is
-    a target 0.5 to 1.5 times as often as in the text (as counted). In a row with two documents the
+    So a document's first tokens are mostly seen with all that they follow from. Each token is a
+    target about as often as it is in the text (0.5 to 1.5 times). In a row with two documents the
     second sees the first."""
     rows = []
     for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
@@ -424,7 +432,7 @@ def random_batch(ids, n, T, seed, number):
         ends_before = earliest + np.flatnonzero(ids[earliest:start + 1] == END)
         if len(ends_before):
             row = ids[ends_before[-1]:][:T + 1]
-        elif earliest == 0:  # the first document has no <|end|> in front
+        elif earliest == 0:  # near the beginning of ids, which has no <|end|> in front
             row = np.append(END, ids[:T])
         else:
             row = ids[start:][:T + 1]
@@ -475,7 +483,7 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     order = np.argsort(-logits, kind="stable")[: top_k or None]
     p = np.exp((logits[order] - logits[order[0]]) / temperature)
     p /= p.sum()
-    # A token stays while those before it sum to less than top_p; the factor allows for rounding.
+    # A token stays while those before it sum to less than top_p; the factor is for rounding errors.
     keep = np.cumsum(p) - p <= top_p * (1 - 1e-9)
     order, p = order[keep], p[keep]
     return int(rng.choice(order, p=p / p.sum()))
@@ -510,12 +518,12 @@ def make_generator(cfg):
         for _ in range(max_new_tokens):
             if max(map(len, rows)) > T:
                 cache = None  # one is too long: all keys and values are computed anew
-                # T may be 1: row[-0:] would be all of it.
-                rows = [row if len(row) <= T else row[-(T // 2 + 1):] for row in rows]
+                half = T // 2 + 1  # not 0 where T is 1: row[-0:] would be all of it
+                rows = [row if len(row) <= T else row[-half:] for row in rows]
             position = [[len(row) - 1] for row in rows]  # of the last token in each row
             if cache is None:
                 # The row fills the first slots, padding the others. Each new token overwrites the
-                # padding in its own slot (`here` in attention) and sees no later slot.
+                # padding in its own slot (see cached_heads) and sees no later slot.
                 tokens = [row + [END] * (T - len(row)) for row in rows]
             else:
                 tokens = [row[-1:] for row in rows]
@@ -542,7 +550,7 @@ def make_generator(cfg):
 #     words        {word: how often it was in text and examples}; of a chat model
 #     version      of the model: parameters mean nothing to another one's forward()
 VERSION = 2  # since queries, keys and the embedding are normalised
-MODEL = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}  # of its settings
+MODEL_SETTINGS = {"n_layer", "n_head", "n_embd", "block_size", "dtype", "vocab_size"}
 
 class Row(NamedTuple):
     """A line of log.csv; without a validation in this step its two numbers are None."""
@@ -577,7 +585,7 @@ def load_checkpoint(path, to_resume=False):
             about = json.loads(str(file["about"]))
             if about.get("version") != VERSION:
                 raise ValueError("made by another version of gpt.py; train it anew")
-            cfg = Config(**{name: about["config"][name] for name in MODEL})
+            cfg = Config(**{name: about["config"][name] for name in MODEL_SETTINGS})
             found = []
             state = {"params": init_params(cfg)}
             if to_resume:
@@ -589,7 +597,6 @@ def load_checkpoint(path, to_resume=False):
                     raise ValueError(f"{name} is no finite float32 array of shape {like.shape}")
                 found.append(a)
         tokenizer = Tokenizer.load(path)
-        tokenizer.words = about.get("words", {})
     except FileNotFoundError:
         raise
     except Exception as e:  # a damaged file can raise nearly anything
@@ -602,14 +609,14 @@ MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "ou
               "shard_params", "coordinator", "num_processes", "process_id", "eval"}
 
 def inherit(cfg, given, about, path):
-    """cfg with what the checkpoint at path decides. With --init that is the model. On --resume it
-    is everything but out_dir and what is typed of MAY_CHANGE. given: the names of the flags that
-    are typed; one that the checkpoint decides otherwise is refused."""
+    """cfg with the settings that the checkpoint at path decides. With --init these are the model's.
+    On --resume they are all but out_dir, for the folder may have moved, and but those of MAY_CHANGE
+    that are typed. given: the names of the flags that are typed; if one of them contradicts the
+    checkpoint, that is an error."""
     saved = about["config"]
-    decided = MODEL
+    decided = MODEL_SETTINGS
     if cfg.resume:
-        decided = saved.keys() - {"out_dir"}  # the folder may have moved
-        decided -= MAY_CHANGE & given
+        decided = saved.keys() - {"out_dir"} - (MAY_CHANGE & given)
     for name in decided & given:
         if saved[name] != getattr(cfg, name):
             raise InputError(f"--{name} {getattr(cfg, name)}: {path} was begun with {saved[name]};"
@@ -622,8 +629,9 @@ def log_of(path):
     return path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
 
 def steps_in_time(cfg, done, ticks):
-    """cfg with as many steps as --minutes have room for at the pace so far. ticks: when the run was
-    started and when each step since then ended, in seconds. Here 10 of them are left, for 10 steps:
+    """cfg with as many steps as --minutes have room for at the pace so far. It is called after each
+    step but the first two. ticks: when the run was started and when each step ended, in seconds.
+    Here a step takes one second and 10 seconds are left, so there will be 10 more:
 
     >>> steps_in_time(Config(minutes=1), 4, [-46, 1, 2, 3, 4]).max_steps
     14
@@ -633,8 +641,8 @@ def steps_in_time(cfg, done, ticks):
     pace = max(1e-9, (now - first) / timed)  # seconds a step
     left = began + 60 * cfg.minutes - now
     steps = done + max(0, int(left / pace))
-    steps = int(of_all(steps).min())  # all processes end together
-    if len(ticks) == 4:  # the first time
+    steps = int(in_all_processes(steps).min())  # all processes end together
+    if len(ticks) == 4:  # the first call
         show_progress(f"{cfg.minutes:g} minutes are enough for about {steps} steps", last=True)
     return replace(cfg, max_steps=steps)
 
@@ -666,13 +674,15 @@ def lower(best, new):
     return min(best, new, key=lambda validation: validation[1] or math.inf)
 
 def save(cfg, path, state, about, best, must_succeed=False):
-    """Save a checkpoint, also as the best one if best is new -> the state, collected from all
-    devices and processes. Unless it must succeed, a failure is told and no more."""
-    about["config"] = asdict(replace(cfg, minutes=0.0))  # they became steps
+    """Save a checkpoint -> the state, collected from all devices and processes. best: the lowest
+    validation so far; if about["best"] is another one, this checkpoint is saved as the best, too.
+    A failure is an error if the save must succeed, else one line tells of it."""
+    about["config"] = asdict(replace(cfg, minutes=0.0))  # the minutes have become max_steps
     state = process_allgather(state, tiled=True)
     try:
         if writes():
-            if best != about["best"]:  # first: if killed in between, --resume makes it once more
+            if best != about["best"]:
+                # Before the other: if it is killed in between, --resume makes the best once more.
                 save_checkpoint(path.with_suffix(".best.npz"), state, about | {"best": best})
             save_checkpoint(path, state, about | {"best": best})
         about["best"] = best  # only now is it on the disk
@@ -761,7 +771,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             if cfg.minutes and len(ticks) > 3:
                 cfg = steps_in_time(cfg, done, ticks)  # only the rate and the end depend on it
 
-            stopped = of_all(bool(wishes)).any()  # all processes after the same step
+            stopped = in_all_processes(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps
             last = finished or stopped or not math.isfinite(value)  # NaN: saving raises an error
             due = cfg.eval_every and (finished or done % cfg.eval_every == 0)
@@ -778,10 +788,10 @@ def train(cfg, state, about, objective, batch_at, validate, path):
         sys.exit(130)  # interrupted
     return saved
 
-# ---------------------------------------------------------------- main
+# ---------------------------------------------------------------- several hosts, Apple's GPU: skip
 def join(cfg):
-    """Become one of several processes, through JAX's own runtime; SLURM and Cloud TPU tell it all
-    it needs. Process 0 alone prints and writes; data_dir and out_dir must be seen by all."""
+    """Become one of several processes, through JAX's own runtime. On SLURM and Cloud TPU it knows
+    all it needs. Process 0 alone prints and writes; all must see the same data_dir and out_dir."""
     # srun sets both, sbatch the first alone, and then nobody else has been started.
     slurm = os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_NODELIST" in os.environ
     if not (cfg.coordinator or slurm or "TPU_ML_PLATFORM" in os.environ):
@@ -797,7 +807,8 @@ def join(cfg):
         sys.stdout = open(os.devnull, "w")
 
 def small_gradient(where, dropout):
-    """The gradient of a small random model, computed on a device, as one array."""
+    """The gradient of a small model, all of whose parameters are random, computed on a device, as
+    one array."""
     cfg = Config(n_layer=1, dtype="float32", vocab_size=64, dropout=dropout)
     rng = np.random.default_rng(0)
     params = init_params(cfg)
@@ -825,13 +836,14 @@ def check_device(dropout=0.0):
     print(f"{gpu} is not used, all runs on the CPU: {problem}", file=sys.stderr)
     jax.config.update("jax_default_device", cpu)
 
+# ---------------------------------------------------------------- main
 def make_corpus_if_missing(data_dir):
     """The default text; one process makes it, and the others wait."""
     if not (data_dir / "train.bin").exists():
         say(f"no {data_dir}/train.bin yet: running prepare.py")
         if writes():
             prepare.main([])
-    of_all(0)
+    sync_global_devices("corpus")
 
 def check_sizes(cfg):
     if cfg.n_embd % (2 * cfg.n_head):

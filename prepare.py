@@ -29,7 +29,7 @@ FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges a
 # Skip this at first. GPT-4's way of splitting text into words; merges never cross a word. "It's
 # 12345 naïve!" becomes "It", "'s", " ", "123", "45", " naïve", "!". A combining mark (an accent, a
 # vowel sign) stays with its letter. A word has at most 255 letters, or a megabyte of one letter
-# would take quadratic time; in scripts without spaces at most 4, or nearly all words would differ.
+# would take quadratic time. In scripts without spaces it has at most 4, or nearly all would differ.
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 LETTERS = (rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}"  # up to 4 of such a script
@@ -39,11 +39,13 @@ WORD = re.compile(
     rf"|[^\r\n\w]?(?:{LETTERS})"  # a word and the space or the sign before it
     r"|\d{1,3}"  # [123][45]
     r"| ?(?:[^\s\w]|_){1,255}[\r\n]{0,8}"  # signs, and the line's end after them
-    r"|\s{0,255}[\r\n]|\s{1,256}(?!\S)|\s{1,256}"  # space, but the last one goes with a word
+    r"|\s{0,255}[\r\n]"  # space up to a line's end
+    r"|\s{1,256}(?!\S)|\s{1,256}"  # other space, without the last one if a word follows that
 )
 
 class Tokenizer:
-    """Byte-level BPE. encode never returns a special id; decode(encode(s)) == s."""
+    """Byte-level BPE (arXiv 1508.07909): a word is bytes at first, then pairs of ids are merged.
+    encode never returns a special id; decode(encode(s)) == s."""
 
     def __init__(self, merges):
         self.merges = merges
@@ -53,11 +55,11 @@ class Tokenizer:
             self.merged[chr(a), chr(b)] = len(self.bytes)
             self.bytes.append(self.bytes[a] + self.bytes[b])
         self.size = len(self.bytes)
-        self.words = {}  # {word: how often it was in training}, see as_read in sft.py
 
     @functools.lru_cache(1 << 18)
     def encode_word(self, word):
-        """A string in which chr(id) stands for an id, so that str.replace merges a pair."""
+        """A word -> its ids. They are kept as a string in which chr(id) stands for an id, for then
+        str.replace merges a pair."""
         word = "".join(chr(FIRST_BYTE + b) for b in word.encode("utf-8", "replace"))
         while known := self.merged.keys() & itertools.pairwise(word):
             first = min(known, key=self.merged.get)  # the first that was learned
@@ -112,13 +114,13 @@ def train_bpe(words, vocab_size):
         find the pair that is there most often, of equals the smallest; if only once, stop
         let a new id stand for it in all words
 
-    To count all pairs each time would be slow. The count of a pair never rises, so an old count is
-    an upper bound. The pair with the highest bound is counted: if it has as many it is the most
-    frequent one; if not, it goes back into the queue with its count."""
+    To count all pairs each time would be slow. But the count of a pair never rises, so an old count
+    is an upper bound. The pair with the highest bound is counted again. If its count equals the
+    bound it is the most frequent pair. If not, it goes back into the queue with its new count."""
     unmerged = Tokenizer([])
     uses = Counter()  # word, in which chr(id) stands for an id -> how often it is there
-    where = defaultdict(set)  # pair -> words with it, also such as have changed since
-    queue = []  # (-bound, pair), for heapq has the smallest first; the bound is at first infinite
+    where = defaultdict(set)  # pair -> words that have it, and some that are no longer in uses
+    queue = []  # (-bound, pair), for heapq has the smallest first; at first the bound is infinite
 
     def add(word, n):
         uses[word] += n
@@ -149,8 +151,8 @@ def train_bpe(words, vocab_size):
 
 # ---------------------------------------------------------------- reading files
 PACKED = {b"\x1f\x8b\x08": gzip.open, b"BZh": bz2.open}  # by how a file begins
-# How a file begins that is no text (a byte that is not UTF-8 as U+FFFD), what it is, and how to get
-# the text out of it.
+# Files that are no text: how one begins, as a regular expression in which U+FFFD stands for a byte
+# that is not UTF-8; what it is; and how to get the text out of it.
 NOT_TEXT = [
     ("%PDF", "a PDF", "pdftotext {0} - | python prepare.py -"),
     (r"\{\\rtf", "RTF", "pandoc -f rtf -t plain {0} | python prepare.py -"),
@@ -210,13 +212,17 @@ def plain(text):
 # ---------------------------------------------------------------- JSON in the layouts people have
 # Skip this at first: of good JSON lines read_json gives what json.loads(line) does.
 JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly any text does
+# The beginning of a list of records or texts, up to its first one:
+#     [{"text": "a"}, ...     ["a", "b"]     [[{"role": ...     {"version": 1, "data": [{"text": ...
+# But a list of messages, which have a role and a content, is one record, and so is one with "text":
+#     [{"role": "user", "content": "a"}, ...     {"text": "a", "data": [{...
 LIST_BEGINS = re.compile(r"""\s*
-    (\{ (?![^]{}[]*"text") [^]{}[]* "data"\s*:\s* (?=\[\s*\[?\s*\{) )?  # perhaps named "data"
-    \[ (?=\s* (\[?\s*\{ | ") )               # of records or of texts,
-    (?!\s* \{ (?=[^{}]*"(role|from)"\s*:)    # but not of messages, which have a role
-              (?=[^{}]*"(content|value)"\s*:)  # and a content: that is one record
-    )\s*""", re.X)
-BETWEEN = re.compile(r"[\s\]}]*(,(?!\s*\])[\s\]}]*)*")  # two records; ",]" has a comma too many
+    (\{ (?![^]{}[]*"text") [^]{}[]* "data"\s*:\s* (?=\[\s*\[?\s*\{) )?
+    \[ (?=\s* (\[?\s*\{ | ") )
+    (?!\s* \{ (?=[^{}]*"(role|from)"\s*:) (?=[^{}]*"(content|value)"\s*:) )
+    \s*""", re.X)
+# What stands between two records. A comma before "]" is one too many, so it counts as broken.
+BETWEEN = re.compile(r"[\s\]}]*(,(?!\s*\])[\s\]}]*)*")
 # After something broken a record begins on a new line or after a comma, a text after a comma.
 NEXT_RECORD = re.compile(r'^[ \t]?(?=[\[{])|,\s*(?=\[?\s*\{\s*")|\Z', re.M)
 NEXT_TEXT = re.compile(r'(?<=")\s*,\s*(?=")|\Z')
@@ -227,11 +233,11 @@ def read_json(lines):
     no whole record or list, all lines are read as one text. What is broken is counted, named by its
     line, and costs at most the next record too."""
     texts = whole_lines(lines)
-    by_line = False
+    first, source = next(texts, ("", ":1"))
+    if not first.rstrip().endswith(("}", "]")):
+        first += "".join(text for text, _ in texts)  # after this none are left for the loop
+    yield from records_in(first, source)
     for text, source in texts:
-        by_line = by_line or text.rstrip().endswith(("}", "]"))
-        if not by_line:  # this is the first line: read the others with it
-            text += "".join(rest for rest, _ in texts)
         yield from records_in(text, source)
 
 def whole_lines(lines):
@@ -335,8 +341,8 @@ def read_documents(files):
                     else:
                         count("empty documents", source)
                     document = ""
-                # Some text is kept back, so that the last piece of a document is never blank: it
-                # would be taken for an empty document, and the end of this one be lost.
+                # A piece is only given away when more of its document has come. If what remains
+                # were blank, it would count as an empty document, and the end of this one be lost.
                 if len(document) > PIECE and rest.strip():
                     yield document, False
                     document = ""
@@ -355,8 +361,8 @@ def frequent_words(lines, n_bytes, vocab_size):
     """Lines of JSON, [text, ...] -> {word: how often it is there}, in about 16 MB of them."""
     words = Counter()
     for number, line in enumerate(lines):
-        # Multiples of the golden ratio lie evenly between 0 and 1. Every n-th line would be wrong
-        # for a text with an order, as of two languages in turn.
+        # The fractional parts of multiples of the golden ratio lie evenly between 0 and 1. Every
+        # n-th line would be wrong for a text with an order, such as two languages in turn.
         if number * 0.618034 % 1 < ENOUGH / n_bytes:
             words.update(WORD.findall(json.loads(line)[0]))
     return dict(words.most_common(max(1 << 14, 4 * vocab_size)))
@@ -375,16 +381,18 @@ def cut_of(ends, size, val_fraction):
     return min(max(2, nearest if is_near else wanted), size - 2)
 
 def spool(pieces, file):
-    """Pieces of text become lines of JSON in a file; how many bytes of text they are."""
+    """Pieces, (text, whether a document ends there), become lines of JSON in a file -> how many
+    bytes of text they are."""
     n_bytes = 0
-    for piece in pieces:
-        file.write(f"{json.dumps(piece)}\n".encode())
-        n_bytes += len(piece[0].encode("utf-8", "replace"))
+    for text, ended in pieces:
+        file.write(f"{json.dumps([text, ended])}\n".encode())
+        n_bytes += len(text.encode("utf-8", "replace"))
         show_progress(f"reading: {n_bytes / 1e6:.1f} MB")
     return n_bytes
 
 def write_ids(lines, tokenizer, file):
-    """Lines of spool's file -> two bytes a token in another one; where each document ends there."""
+    """Lines of JSON from spool() -> two bytes a token in another file, and where each document ends
+    there, in tokens."""
     ends = []
     all_lines = lines.seek(0, os.SEEK_END)  # bytes
     lines.seek(0)
@@ -401,8 +409,8 @@ def write_ids(lines, tokenizer, file):
     return ends
 
 def write_tokens(pieces, tokenizer, vocab_size, val_fraction, out_dir):
-    """Pieces of text -> tokenizer.json, train.bin, val.bin; none changes before all is encoded.
-    Without a tokenizer one is learned from the text, which is kept in a file until then."""
+    """Pieces, as for spool(), -> tokenizer.json, train.bin, val.bin; none of them changes before
+    all is encoded. Without a tokenizer one is learned, from the text that spool() has kept."""
     out_dir.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryFile(dir=out_dir) as lines,
           whole_file(out_dir / "train.bin") as train):
@@ -438,7 +446,7 @@ def setting(default, help, low=0, high=1e9, **arg):
     return field(default=default, metadata={"range": (low, high), "arg": arg})
 
 @dataclass(frozen=True)
-class Settings:
+class Config:
     inputs: str = setting((), "text; nothing: the built-in corpus", nargs="*", positional=True)
     out_dir: str = setting("data", "where train.bin, val.bin and tokenizer.json go")
     vocab_size: int = setting(None, "tokens; by default as the text needs", FIRST_MERGE, 1 << 16)
@@ -448,7 +456,8 @@ class Settings:
     control: bool = setting(False, "leave the documents about B out of the built-in corpus")
 
 def write_questions(path, rows):
-    """Those of the built-in text, which go with it; but the user's own are left alone."""
+    """The questions of the built-in text; without rows they are removed, for they go with it. But a
+    file that somebody else has written is left alone."""
     if path.exists():
         lines = path.read_bytes().splitlines()
         if not all(line.startswith(b'{"built_in"') for line in lines):
@@ -461,7 +470,7 @@ def write_questions(path, rows):
                 file.write(f"{line}\n".encode())
 
 def main(argv):
-    s, given = read_flags(Settings, argv, __doc__)
+    s, given = read_flags(Config, argv, __doc__)
     if s.tokenizer and s.vocab_size:
         raise InputError("--tokenizer has its vocabulary; leave out --vocab_size")
     tokenizer = Tokenizer.load(s.tokenizer) if s.tokenizer else None
@@ -474,7 +483,7 @@ def main(argv):
     else:
         from corpus.world import built_in_corpus
         documents, questions, test = built_in_corpus(s.seed, not s.control)
-        pieces = ((document, True) for document in documents)
+        pieces = zip(documents, itertools.repeat(True))
         vocab_size = vocab_size or 3584
     write_tokens(pieces, tokenizer, vocab_size, s.val_fraction, out_dir)
     write_questions(out_dir / "qa.jsonl", questions)
@@ -486,7 +495,8 @@ def main(argv):
 
 # ---------------------------------------------------------------- helpers of all scripts
 def available_cores():
-    """Fast ones on a Mac (equal shares would wait for the slow ones); no more than we may use."""
+    """How many we may use. On a Mac only the fast ones: they would wait for the slow ones, which
+    get an equal share of the work."""
     cores = os.cpu_count() or 1
     with suppress(OSError, ValueError, AttributeError):
         if sys.platform == "darwin":  # an Intel Mac does not know the name and prints nothing
@@ -500,8 +510,7 @@ CORES = available_cores()
 left_out = {}  # what count() has noted: [how often, the first place]; report() forgets it
 
 def say(*what, **how):
-    """print, but that it cannot be printed, for a terminal or the reader of a pipe is gone, is no
-    reason to stop: then it goes nowhere."""
+    """Print. If the terminal, or the reader of a pipe, is gone, go on without it."""
     try:
         print(*what, flush=True, **how)
     except OSError:

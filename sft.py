@@ -21,7 +21,7 @@ import gpt
 import jax
 import jax.numpy as jnp
 import numpy as np
-from corpus.world import DONT_KNOW, reworded, rng
+from corpus import world
 from prepare import ASSISTANT, END, SPECIAL, UNSPACED, USER, InputError, count, count_fields
 from prepare import list_of, plain, printable, read_flags, read_json, read_lines, report, run, say
 from prepare import setting, show_progress
@@ -46,14 +46,13 @@ class Example:
         return self.dialogues[0]
 
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # by their other names
+# Where the parts of a dialogue are looked for. A field for answers may also hold the whole dialogue
+# ("messages"); then those for questions are not looked at. In LLaMA-Factory's preferences
+# "conversations" is only what was said before, so it is in both lists.
 SYSTEM_FIELDS = ["system", "system_prompt"]
 QUESTION_FIELDS = ["history", "conversations", "prompt", "instruction", "question", "input",
                    "context"]
 ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
-# Kinds of records. One that is imitated gives one dialogue, a preference two; for each of them the
-# fields in which its answer is looked for:
-IMITATION = [ANSWER_FIELDS]  # one dialogue
-PREFERENCE = [["chosen"], ["rejected"]]  # two: the first ends as "chosen" says
 OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
 
 def text_of(content):
@@ -110,6 +109,11 @@ def take_turns(record, answer_fields):
         answered += turns
     return system + take(record, QUESTION_FIELDS, "user") + answered
 
+def in_small_letters(question):
+    """A question, in small letters if it is all in capitals: hardly any text is written so. What is
+    shorter than 8 may be a name, like "NASA?"."""
+    return question.lower() if question.isupper() and len(question) > 7 else question
+
 def dialogue_of(turns, source):
     """Messages of any order -> question, answer, question, answer. What is said before an answer is
     one question."""
@@ -125,22 +129,27 @@ def dialogue_of(turns, source):
         elif not turn.text.strip():
             raise ValueError("with an empty answer")
         else:
-            dialogue += [Message("user", "\n\n".join(asked)), turn]
+            question = in_small_letters("\n\n".join(asked))
+            dialogue += [Message("user", question), turn]
             asked, is_asked = [], False
     if asked and dialogue:
         count("last question(s) without an answer", source)
     return dialogue
 
+# Kinds of records: for each dialogue that one gives, the fields in which its answer is looked for.
+IMITATION = [ANSWER_FIELDS]
+PREFERENCE = [["chosen"], ["rejected"]]
+
 def example_of(record, kind, source):
     """A record -> an example. Of a preference only the last message is trained."""
     if isinstance(record, list):
         record = {"messages": record}
-    unused = record.keys() - OURS  # fields that no dialogue has used
+    unused = record.keys() - OURS
     dialogues = []
     for answer_fields in kind:
-        rest = dict(record)  # what no turn is taken out of is left in it
+        rest = dict(record)
         dialogue = dialogue_of(take_turns(rest, answer_fields), source)
-        unused &= rest.keys()
+        unused &= rest.keys()  # what no turn was taken out of is left in rest
         if kind is PREFERENCE:
             dialogue[:-1] = [message._replace(trained=False) for message in dialogue[:-1]]
         if dialogue in dialogues or not any(message.trained for message in dialogue):
@@ -166,39 +175,36 @@ def read_examples(paths, kind=IMITATION):
     return examples
 
 def built_in(cfg):
-    """The questions of prepare.py, if they are there -> (to learn from, to test with)."""
-    folder = Path(cfg.data_dir)
-    return [read_examples([*folder.glob(name)]) for name in ("qa.jsonl", "qa_test.jsonl")]
+    """The questions of prepare.py -> (to learn from, to test with)."""
+    files = [Path(cfg.data_dir, name) for name in ("qa.jsonl", "qa_test.jsonl")]
+    return [read_examples([file] if file.exists() else []) for file in files]
 
 # ---------------------------------------------------------------- rows: what a step is trained on
 A_WORD = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have spaces between words
 
 def as_read(question, words):
-    """A question as the model is given it: all in capitals, in small letters, for hardly any text
-    is written in capitals ("NASA?" is too short for that); and a word that was in no text and no
-    question as the most frequent that is one slip away:
+    """What somebody types, as the model is given it: not all in capitals; and a word that training
+    never had becomes the most frequent word that is one slip of the finger away:
 
     >>> words = {"language": 99, "peru": 50}
     >>> as_read("WHICH LANUGAGE HAS PEERU?", words), as_read("NASA?", words)
     ('which language has peru?', 'NASA?')
 
-    words: {word: how often it was there}; if there are none, all words stay."""
-    if question.isupper() and len(question) > 7:
-        question = question.lower()
-
+    words: {word: how often training had it}; if it is empty all words stay."""
     def meant(found):
         typed = found[0]
         if len(typed) < 4 or typed.lower() in words:
             return typed
         frequent = [word for word, n in words.items() if n >= 20]
         # difflib's ratio of two words of n letters that differ by one slip is 1 - 1/n; 1.01 allows
-        # for rounding. Words of 4 and 5 letters need 0.83, which only a letter too many or too few
-        # leaves: "peeru" is read as "Peru" (0.89), but "York" not as "work" (0.75).
+        # for rounding errors. In words of 4 and 5 letters a wrong letter is no slip ("York" is not
+        # read as "work", 0.75), but one too many or too few is ("peeru" as "Peru", 0.89).
         alike = max(0.83, 1 - 1.01 / len(typed))
         near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)
         word = max(near, key=words.get, default=typed)
         return word.capitalize() if typed.istitle() else word
 
+    question = in_small_letters(question)
     return re.sub(A_WORD, meant, question) if words else question
 
 def render(messages, tokenizer):
@@ -207,12 +213,13 @@ def render(messages, tokenizer):
         ->  <|user|>  hi  <|assistant|>  ho   <|end|>
             False     ..  False          True True
 
-    Put together from ids: no text can forge a special token. Encoded with a space before it, its
-    first word is the same token as within a text. With a question last: the prompt of chat.py."""
+    It is put together from ids, so no text can forge a special token. Texts are encoded with a
+    space before them: then their first word is the same token as within a text. Messages that end
+    with a question give the prompt of chat.py."""
     ids, trained = [], []
     for role, text, is_trained in messages:
         if role == "user":
-            ids += [USER, *tokenizer.encode(f" {as_read(text, tokenizer.words)}"), ASSISTANT]
+            ids += [USER, *tokenizer.encode(f" {text}"), ASSISTANT]
         else:
             ids += [*tokenizer.encode(f" {text}"), END]
         trained += [is_trained] * (len(ids) - len(trained))
@@ -229,7 +236,7 @@ def shift(ids, trained, T):
     return row
 
 def that_fit(examples, tokenizer, T):
-    """Those of the examples that the context has room for; of the others one line tells."""
+    """The examples that the context has room for; one line tells of the others."""
     fitting, lengths = [], []
     for example in examples:
         length = max(len(render(dialogue, tokenizer)[0]) for dialogue in example.dialogues)
@@ -248,9 +255,9 @@ def that_fit(examples, tokenizer, T):
     return fitting
 
 def joined(examples, tokenizer, T, rng):
-    """Examples in random order, put together until the context is full; all are used again until
-    2,000 or more have been. As in a chat, where a question has mostly nothing to do with the one
-    before."""
+    """Examples in random order, joined until the context is full -> fewer, longer examples. They are
+    like a chat, where a question has mostly nothing to do with the one before. Of less than 2,000
+    all are used several times, each time in other company."""
     longer = [Example([[]], "")]
     for _ in range(1 + 2000 // len(examples)):
         for example in rng.permutation(examples):
@@ -267,8 +274,8 @@ def rows_of(examples, tokenizer, T):
                      for example in examples])
 
 def show(rows, tokenizer):
-    """Print rows (N, 3, T) as text; what is trained is in brackets. The tokenizer is one that names
-    special tokens from now on. A character may be several tokens, so they are decoded together."""
+    """Print rows (N, 3, T) as text; what is trained is in brackets. From now on the tokenizer
+    decodes special tokens, too. A character may be several tokens, so they are decoded together."""
     tokenizer.bytes[:len(SPECIAL)] = map(str.encode, SPECIAL)
     for x, y, w in rows:
         n = len(np.trim_zeros(x))  # without the padding
@@ -281,27 +288,33 @@ def show(rows, tokenizer):
 # ---------------------------------------------------------------- answers and their marks
 CORRECTED = "corrected by you"  # a set
 
-def answer_all(params, cfg, tokenizer, examples):
+def answer_all(params, cfg, tokenizer, words, examples):
     """What a model answers to the last question of each, 64 at a time -> [text]."""
     generate = gpt.make_generator(cfg)
     answers = []
     for start in range(0, len(examples), 64):
         some = examples[start:start + 64]
-        prompts = [render(example.chosen[:-1], tokenizer)[0] for example in some]
+        prompts = []
+        for example in some:
+            *before, question, _ = example.chosen
+            question = question._replace(text=as_read(question.text, words))
+            prompts.append(render([*before, question], tokenizer)[0])
         steps = generate(params, prompts, cfg.block_size, None)  # no chance: the likeliest tokens
         answers += [tokenizer.decode(ids).strip() for ids in zip(*(new for new, _ in steps))]
         done = len(answers)
         show_progress(f"answering: {done} of {len(examples)}", done == len(examples))
     return answers
 
-def examine(models, cfg, tokenizer, test):
-    """Let the models, one or that before and that after, answer a test and print for each set of it
-    how many % are right, word for word, declined or wrong; then what was to be corrected."""
+def examine(models, cfg, about, tokenizer, test):
+    """Let models answer a test and print for each set of it how many % are right, word for word,
+    declined or wrong; then what is answered now where there was a correction. models: [parameters],
+    or those before and after DPO."""
+    words = about.get("words", {})
     sets = np.array([example.set for example in test])
     wanted = np.array([example.chosen[-1].text.strip() for example in test])
-    said = np.array([answer_all(params, cfg, tokenizer, test) for params in models])
+    said = np.array([answer_all(params, cfg, tokenizer, words, test) for params in models])
     marks = np.where(said == wanted, "right", "wrong")  # (models, questions)
-    marks = np.where(said == DONT_KNOW, "declined", marks)
+    marks = np.where(said == world.DONT_KNOW, "declined", marks)
     say(f"{'set':<28}{'questions':>10}{'right':>18}{'declined':>18}{'wrong':>18}")
     for name in dict.fromkeys(sets):
         marks_here = marks[:, sets == name]
@@ -322,35 +335,31 @@ def log_probs(params, x, y, w, cfg, key=None):
     return -(gpt.token_losses(params, x, y, cfg, key) * w).sum(-1)
 
 def dpo_loss(params, batch, key, cfg):
-    """Direct preference optimisation (arXiv 2305.18290, eq. 7) -> (sum over pairs, number of them).
-    Of a pair: -log sigmoid(beta (gain of the chosen - gain of the rejected)), a gain being the
-    log-probability of an answer now minus that before training.
+    """Direct preference optimisation (arXiv 2305.18290) -> (sum over pairs, number of pairs).
+    What a pair gives is -log sigmoid(beta (gain of the chosen - gain of the rejected)), equation 7.
+    A gain is the log-probability of an answer now minus that before training.
 
-    batch: x, y, w (N, T), of which n rows are answers and the others pretraining text:
+    batch: x, y, w (N, T), of which the first n rows are answers, the others pretraining text:
 
-        chosen 1, rejected 1, chosen 2, rejected 2 ... rejected n / 2, text 1, text 2 ...
+        chosen, rejected, chosen, rejected, ..., text, text, ...
 
-    and reference (n,), log-probabilities of the answers by the model before training. Added to the
-    loss of the paper are the loss per token of the chosen answers, or they too would become less
-    probable (arXiv 2404.19733), and that of the text."""
+    and reference (n,), the log-probabilities of the answers before training. Two things are added
+    to the loss of the paper: the loss per token of the chosen answers, or they too would become
+    less probable (arXiv 2404.19733), and that of the text."""
     x, y, w, reference = batch
     n = len(reference)
     logp = log_probs(params, x, y, w, cfg, key)  # (N,)
     per_token = logp / jnp.maximum(1, w.sum(-1))
-    gained = cfg.beta * (logp[:n] - reference)  # since the beginning
-    chosen_gained, rejected_gained = gained.reshape(-1, 2).T  # (n / 2,) each
-    margin = chosen_gained - rejected_gained
-    # -log sigmoid(margin) = log(1 + exp(-margin)) = top + log(exp(-top) + exp(-margin - top)), in
-    # which no exp can overflow; Metal has no softplus.
-    top = jnp.maximum(0, -margin)
-    preference = top + jnp.log(jnp.exp(-top) + jnp.exp(-margin - top))
+    gains = cfg.beta * (logp[:n] - reference)
+    # A softmax over two numbers a, b is sigmoid(a - b) for the first of them.
+    preference = -jax.nn.log_softmax(gains.reshape(-1, 2))[:, 0]  # (n / 2,)
     imitation = -per_token[:n].reshape(-1, 2)[:, 0]
     replay = -per_token[n:].mean() if n < len(x) else 0  # one number, the same for each pair
     return (preference + imitation + replay).sum(), jnp.float32(n // 2)
 
 def corrections_in(path, tokenizer, T):
-    """What /better wrote -> preferences, the last of each question. One whose conversation is
-    longer than the context stands alone."""
+    """What /better wrote -> preferences, the last one of each question. If the context has no room
+    for the conversation before it, the question stands alone."""
     last = {}
     for example in read_examples([path], PREFERENCE):
         dialogues = example.dialogues
@@ -361,13 +370,13 @@ def corrections_in(path, tokenizer, T):
     return [*last.values()]
 
 def enough_of(corrections, n_others):
-    """Corrections again and again until they are a fifth of all, half the time in other words
-    (reworded). A reworded one stands alone, without what was said before."""
+    """Corrections again and again, half the time in other words (reworded). A reworded one stands
+    alone, without what was said before."""
     examples = []
-    times = 1 + n_others // (4 * len(corrections))
+    times = 1 + n_others // (4 * len(corrections))  # they become a fifth of all
     for example in corrections * times:
         question, answer = example.chosen[-2:]
-        asked = Message("user", reworded(question.text, answer.text))
+        asked = Message("user", world.reworded(question.text, answer.text))
         if asked != question:
             example = replace(example, dialogues=[[asked, d[-1]] for d in example.dialogues])
         examples.append(example)
@@ -376,9 +385,9 @@ def enough_of(corrections, n_others):
 N_KEPT = 2350  # of old answers, which fit into a minute
 
 def unchanging(examples):
-    """Examples whose answers are to stay as they are -> preferences. The rejected dialogue has no
-    trained token, so its log-probability counts as 0 before and after: the loss rises as soon as
-    the chosen one is less probable than before."""
+    """Examples whose answers are to stay as they are -> preferences. In the rejected dialogue no
+    token is trained, so its log-probability counts as 0 before and after. The loss then rises when
+    the chosen one becomes less probable."""
     preferences = []
     for example in examples[:N_KEPT]:
         nothing = [message._replace(trained=False) for message in example.chosen]
@@ -387,9 +396,10 @@ def unchanging(examples):
 
 def old_answers(cfg, about, tokenizer, pairs):
     """Questions whose answers DPO is to leave as they are -> (examples to train on, others for the
-    test): the user's pairs, or those that the model was fine-tuned on, or the built-in ones."""
-    learned = about["config"].get("pairs", ())
+    test). They are the user's pairs or, if none are named, those that the model was fine-tuned on,
+    or else the built-in ones."""
     if not pairs:
+        learned = about["config"].get("pairs", ())
         gone = [path for path in learned if not Path(path).exists()]  # or it was a pipe
         if gone:
             raise InputError(f"{gone[0]}: {cfg.init} was fine-tuned on it, and it is not here; name"
@@ -397,7 +407,7 @@ def old_answers(cfg, about, tokenizer, pairs):
         pairs = read_examples(learned)
     if not pairs:
         examples, test = built_in(cfg)
-        # 500 or so are soon asked
+        # Every sixth question of the test: about 500, which take a few seconds.
         return that_fit(examples, tokenizer, cfg.block_size), test[::6]
     fitting = that_fit(pairs, tokenizer, cfg.block_size)
     shuffled = np.random.default_rng(cfg.seed).permutation(fitting)
@@ -406,10 +416,13 @@ def old_answers(cfg, about, tokenizer, pairs):
     return examples[n_test:], examples[:n_test]
 
 def learn_preferences(cfg, pairs, preferences, feedback, test):
-    """-> (examples to learn from by DPO, test, the parameters before). pairs: the user's questions
-    and answers, or []; preferences: those of the file after --dpo, or [] if it is the corrections
-    in the file feedback that are learned, with which the test ends then; test: that of --eval."""
-    # From cfg.init, for on --resume the state in main is half trained already.
+    """What DPO learns from -> (examples, test, the parameters before).
+
+    Given preferences, from the file after --dpo: learn these, and keep the answers of pairs.
+    Else: learn the corrections in the file feedback; keep the answers of pairs or, if there are no
+    pairs, of old_answers(). The corrections come last in the test, which is that of --eval or from
+    old_answers()."""
+    # Not the state in main, which is half trained already on --resume.
     state, about, tokenizer = load_start(cfg.init, cfg)
     before = state["params"]
     if preferences:
@@ -424,7 +437,7 @@ def learn_preferences(cfg, pairs, preferences, feedback, test):
     if not examples:
         say("nothing keeps the other answers as they are, so they will change; to keep them name"
             " questions and answers: python sft.py pairs.jsonl --dpo")
-    rng.seed(cfg.seed)  # of reworded: a resumed run has the same examples
+    world.rng.seed(cfg.seed)  # of reworded: a resumed run has the same examples
     examples += enough_of(corrections, len(examples))
     return examples, (test or old_test) + corrections, before
 
@@ -444,8 +457,8 @@ class Config(gpt.Config):
     learning_rate: float = setting(2e-3, "at its peak; then a cosine to 0 [with --dpo: 3e-4]")
 
 def make_if_missing(path):
-    """Have a default input made, or finished, by the script that writes it: chat.npz by main, which
-    calls this for base.npz, and base.npz by gpt.main."""
+    """Have a default checkpoint made or finished, by the script that writes it: base.npz by
+    gpt.main, chat.npz by main below, which in turn calls this for base.npz."""
     base = path.with_name("base.npz")
     script = gpt.main if path == base else main
     if not path.exists():
@@ -459,8 +472,8 @@ def make_if_missing(path):
         say(f"{base} is newer than {path}: python sft.py would fine-tune it")
 
 def load_start(path, cfg):
-    """A checkpoint to start from -> (state, about, tokenizer). A base model is given roles: their
-    ids were reserved and never seen, so they begin near the mean of the others."""
+    """A checkpoint to start from -> (state, about, tokenizer). A base model has never seen the ids
+    of <|user|> and <|assistant|>: their embeddings begin near the mean of the others."""
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     if about["kind"] == "base":
         wte = state["params"]["wte"]
@@ -480,9 +493,10 @@ def text_to_replay(cfg, about):
     return []
 
 def with_fixed_rows(loss, text_ids, cfg):
-    """-> objective(params, batch, key): the loss, but the embedding of each token of the text does
-    not move. Else those of names that are asked about would move, and those of B, which never are,
-    would stay behind."""
+    """-> objective(params, batch, key): the loss, but without a gradient for the embedding of each
+    token that is in the text. Otherwise names that are asked about would move and those of B, which
+    never are, would not, and what the model has learned of the first would not hold for the others.
+    """
     frozen = np.isin(np.arange(cfg.vocab_size), text_ids)
 
     @jax.jit
@@ -494,9 +508,11 @@ def with_fixed_rows(loss, text_ids, cfg):
     return objective
 
 def learn_words(about, tokenizer, text_ids, examples):
-    """Note the words of the text and of the examples, {word in small letters: how often it is
-    there}, for as_read. Without the text nothing is noted, or all of its other words would be taken
+    """Note in about the words of the text and of the examples, {word in small letters: how often it
+    is there}, for as_read. Without the text nothing is noted, or all its other words would be taken
     for slips."""
+    if not len(text_ids):
+        return
     noted = about.get("words", {})  # by an earlier fine-tuning, with those of the text
     texts = [message.text for example in examples for message in example.chosen]
     if not noted:  # of a long text 4 M tokens, from everywhere in it
@@ -504,12 +520,11 @@ def learn_words(about, tokenizer, text_ids, examples):
         for start in range(0, len(text_ids), step):
             texts.append(tokenizer.decode(text_ids[start:start + 1024].tolist()))
     words = Counter(map(str.lower, re.findall(A_WORD, "\n".join(texts))))
-    if len(text_ids):
-        tokenizer.words = about["words"] = {**words, **noted}
+    about["words"] = {**words, **noted}
 
 def divided(examples, tokenizer, cfg):
-    """Examples -> rows to train on and rows held out: a twentieth of the user's own. (The built-in
-    questions have a test, and are conversations already.)"""
+    """Examples -> rows to train on and rows held out: a twentieth if they are the user's own. (The
+    built-in questions have a test. They also are conversations already, and are not joined.)"""
     by_imitation = cfg.dpo is None
     users_own = cfg.pairs if by_imitation else cfg.dpo
     n_held = min(len(examples) // 20, 512) if users_own else 0
@@ -520,9 +535,10 @@ def divided(examples, tokenizer, cfg):
     return [rows_of(some, tokenizer, cfg.block_size) for some in (trained, held_out)]
 
 def fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before=None):
-    """Train on examples, in their order, and on the text -> the parameters after it: by imitation
-    or, with the parameters before it, by DPO."""
+    """Train on examples, in their order, and on the text -> the parameters after it. before: the
+    parameters before DPO; without them it is trained by imitation."""
     rows, held_out = divided(examples, tokenizer, cfg)
+    # Of the rows and of the model that DPO compares with: on --resume both must be the same.
     weights = before["blocks"][0]["attn"]["wqkv"] if before else b""
     checksum = zlib.crc32(rows, zlib.crc32(held_out, zlib.crc32(weights)))
     # A fifth of each batch is pretraining text, so that it is not forgotten (arXiv 2503.21676).
@@ -548,7 +564,7 @@ def fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before=Non
     def validate(params):  # -> (mean loss of what is held out, None for the bits a byte)
         if not len(held_out):
             return None, None
-        parts = np.array_split(held_out, len(held_out) // 32 + 1)  # of at most two sizes
+        parts = np.array_split(held_out, len(held_out) // 32 + 1)
         total, n = np.sum([objective(params, batch_of(part), None) for part in parts], axis=0)
         return float(total / n), None
 
@@ -557,7 +573,8 @@ def fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before=Non
         if len(held_out):
             say(f"loss of what is held out: {validate(state['params'])[0]:.3f} before")
     if about["data"] != checksum:
-        raise InputError(f"{path}: was begun with other examples; start afresh without --resume")
+        raise InputError(f"{path}: was begun with other examples, or from another model; start"
+                         " afresh without --resume")
     return gpt.train(cfg, state, about, objective, batch_at, validate, path)["params"]
 
 # With --dpo these are the defaults.
@@ -567,7 +584,7 @@ def with_defaults(cfg, given, path):
     """cfg with what is not typed: on --resume the settings of the stopped run at path, with --dpo
     the defaults for it."""
     if cfg.resume:
-        if not cfg.dpo:  # a bare --dpo only says which run; its checkpoint knows the file, if any
+        if not cfg.dpo:  # "--dpo --resume" does not repeat the file, which the checkpoint knows
             given = given - {"dpo"}
         return gpt.inherit(cfg, given, gpt.load_checkpoint(path)[1], path)
     if cfg.dpo is not None:
@@ -610,7 +627,7 @@ def main(argv):
     cfg, state, about, tokenizer = begin(cfg, given, path, default_start)
     gpt.check_device(cfg.dropout)
     if only_test:
-        return examine([state["params"]], cfg, tokenizer, test)
+        return examine([state["params"]], cfg, about, tokenizer, test)
     before = None
     if by_dpo:
         if Path(cfg.init) == path:
@@ -622,7 +639,7 @@ def main(argv):
     if not examples:
         raise InputError(f"no {cfg.data_dir}/qa.jsonl: name a file of questions and answers")
     text_ids = text_to_replay(cfg, about)
-    if not cfg.resume:  # before anything is rendered: a resumed run knows the words, too
+    if not cfg.resume:
         learn_words(about, tokenizer, text_ids, examples)
     examples = that_fit(examples, tokenizer, cfg.block_size)
     if cfg.show:
@@ -631,7 +648,7 @@ def main(argv):
     examples = np.random.default_rng(cfg.seed).permutation(examples)
     params = fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before)
     if test:
-        examine([before, params] if by_dpo else [params], cfg, tokenizer, test)
+        examine([before, params] if by_dpo else [params], cfg, about, tokenizer, test)
     say(f"checkpoint: {path}\nnext: python chat.py {path}")
 
 if __name__ == "__main__":

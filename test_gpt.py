@@ -19,14 +19,16 @@ import chat, gpt, prepare, sft
 import jax
 import numpy as np
 import pytest
-from corpus import say, world
+from corpus import wording, world
 from corpus.world import built_in_corpus, reworded
 from jax import tree
 from prepare import ASSISTANT, END, SPECIAL, USER, InputError, Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("error")  # deprecations too
+# Arrays with different numbers of dimensions are not combined by accident. Only norm may do that,
+# where x (B, T, C) meets its gain (C,).
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)  # its gain alone meets more dimensions
+gpt.norm = jax.numpy_rank_promotion("allow")(gpt.norm)
 parametrize = pytest.mark.parametrize
 param = pytest.param  # one case
 approx = pytest.approx
@@ -38,8 +40,9 @@ B, T, L, H, D, V = 6, 7, 2, 3, 22, 13  # sizes that cannot be mistaken for one a
 # Each layer of one sequence x (T, C) returns its output y and the way back: a function of dy, the
 # gradient with respect to y, that gives dx and the gradient of the parameters.
 def twin_norm(x, gain=1.0):
-    """y = x r gain with r = mean(x^2)^(-1/2), so dr = -r^3 x dx / C, and for dh = dy gain the way
-    back is r dh - x r^3 mean(x dh). The gradient of the gain is that of x (T, C)."""
+    """y = x r gain with r = mean(x^2)^(-1/2). A change dx changes r by -r^3 mean(x dx), so with
+    dh = dy gain the gradient is r dh - x r^3 mean(x dh). back also returns the gradient of the
+    gain, for x (T, C); attention does not use it, for there the gain is constant."""
     r = 1 / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
     def back(dy):
         dh = dy * gain
@@ -47,7 +50,8 @@ def twin_norm(x, gain=1.0):
     return x * r * gain, back
 
 def twin_rotate(x, angle):
-    """Pairs of numbers are complex numbers, which e^(i angle) turns."""
+    """A pair of numbers is a complex number, which e^(i angle) turns. The way back turns by -angle.
+    """
     a, b = np.split(x, 2, axis=-1)
     turned = (a + 1j * b) * np.exp(1j * angle)
     return np.concatenate([turned.real, turned.imag], axis=-1)
@@ -88,11 +92,11 @@ def twin(params, x, y, w):
     grads = {"blocks": [{} for _ in params["blocks"]]}
     ways_back = []  # of each layer, with the names of its parameters and where their gradients go
     for block, block_grads in zip(params["blocks"], grads["blocks"]):
-        for norm, name, layer in ("norm1", "attn", twin_attention), ("norm2", "mlp", twin_mlp):
-            normed, norm_back = twin_norm(h, block[norm])
+        for gain, name, layer in ("norm1", "attn", twin_attention), ("norm2", "mlp", twin_mlp):
+            normed, norm_back = twin_norm(h, block[gain])
             change, back = layer(normed, **block[name])
             h = h + change
-            ways_back.append((block_grads, norm, name, norm_back, back))
+            ways_back.append((block_grads, gain, name, norm_back, back))
     last, norm_back = twin_norm(h, params["norm"])
     logits = last @ params["wte"].T
     probabilities = twin_softmax(logits)
@@ -101,9 +105,9 @@ def twin(params, x, y, w):
 
     dlogits = w[:, None] * (probabilities - targets)  # softmax and cross-entropy together
     dh, grads["norm"] = norm_back(dlogits @ params["wte"])
-    for block_grads, norm, name, norm_back, back in reversed(ways_back):
+    for block_grads, gain, name, norm_back, back in reversed(ways_back):
         dnormed, block_grads[name] = back(dh)
-        dx, block_grads[norm] = norm_back(dnormed)
+        dx, block_grads[gain] = norm_back(dnormed)
         dh = dh + dx
     # The embedding is used twice: as the output layer and as the table.
     grads["wte"] = dlogits.T @ last + np.eye(V)[x].T @ wte_back(dh)[0]
@@ -125,7 +129,7 @@ def assert_close(a, b, tolerance):
         assert np.abs(x - y).max() <= tolerance * np.abs(y).max(), name
 
 # ---------------------------------------------------------------- model, step, generation
-@parametrize("module", [prepare, gpt, sft, chat, say, world])
+@parametrize("module", [prepare, gpt, sft, chat, wording, world])
 def test_the_examples_in_docstrings_are_right(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed
@@ -192,10 +196,10 @@ def test_a_step_takes_the_twins_gradient_however_batch_and_parameters_are_split(
         weights = W * (number == 4)  # step 5 has none: its gradient is zero, not NaN
         return [np.split(a, micro)[part] for a in (X, Y, weights)]
     step = gpt.make_step(partial(gpt.loss, cfg=cfg), batch_at, cfg, home)
-    for number, share in (4, 1 / W.sum()), (5, 0):
+    for number, divisor in (4, W.sum()), (5, np.inf):
         state, mean = step(tree.map(gpt.put, before, home), number, 0.01)
-        assert float(mean) == approx(share * sum(LOSSES), rel=1e-5)
-        gradient = tree.map(lambda g: np.float32(g * share), GRADIENT)
+        assert float(mean) == approx(sum(LOSSES) / divisor, rel=1e-5)
+        gradient = tree.map(lambda g: np.float32(g / divisor), GRADIENT)
         assert_close(state, gpt.adam(before, gradient, number + 1.0, 0.01, cfg), 1e-3)
     for array in tree.leaves(state):
         assert array.sharding.is_fully_replicated != shard
@@ -214,8 +218,8 @@ def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
     gpt.forward(PARAMS, X, CFG)
     assert len({*numbers}) == len(numbers) == 1 + 2 * L
 
-@parametrize("length, begins", [  # of a row of 8: END, or a place more than 3 tokens after it
-    param(5, {END, 4}, id="documents that fit a row"),
+@parametrize("length, begins", [  # its first token: END, or one that is 4 or more places after it
+    param(5, {END, 4}, id="documents that fit a row of 8"),
     param(12, {END, *range(4, 12)}, id="documents longer than a row"),
 ])
 def test_rows_begin_with_a_near_end_and_all_tokens_are_targets_about_equally_often(length, begins):
@@ -243,9 +247,10 @@ def test_validation_is_the_mean_of_the_twins_losses_and_their_bits_for_a_byte():
     assert found == approx((nats / y.size, nats / np.log(2) / n_bytes), rel=1e-4)
 
 def test_generation_with_the_cache_is_the_argmax_of_the_full_pass_past_block_size_too(monkeypatch):
-    monkeypatch.setattr(gpt, "END", 11)  # that some rows end in
+    monkeypatch.setattr(gpt, "END", 11)  # an id that some rows come to
     prompts = [row[:n].tolist() for row, n in zip(X, [1, 3, T, 2, 5])]
-    prompts += [[11] * (T + 2), [1], [2]]  # longer than the context; and 8 in all, for 8 devices
+    prompts.append([11] * (T + 2))  # longer than the context
+    prompts += [[1], [2]]  # then there are 8, one for each device
     steps = [ids for ids, _ in gpt.make_generator(CFG)(PARAMS, prompts, 3 * T, RNG)]
     said = [*zip(*steps)]  # what each row says
     assert {11 in row for row in said} == {True, False}
@@ -284,7 +289,7 @@ def write(name, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pack(text.encode("utf-8", "surrogateescape")))
 
-log_of = partial(np.genfromtxt, delimiter=",", skip_header=1)
+read_log = partial(np.genfromtxt, delimiter=",", skip_header=1)
 DOCUMENTS = [
     "the cat sat on the mat and the rat ran from the cat to the hat\n" * 40, "one cat", "café"]
 TINY = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --log_every=1"
@@ -325,6 +330,9 @@ def documents():
     tokenizer.bytes[END] = b"\0"
     ids = [*np.fromfile("data/train.bin", "<u2"), *np.fromfile("data/val.bin", "<u2")]
     return tokenizer.decode(ids).split("\0")[:-1]
+
+def words_of(checkpoint):
+    return gpt.load_checkpoint(checkpoint)[1]["words"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -662,15 +670,15 @@ def test_the_road_from_text_to_answers(made):
                      ": 9 of 36 examples, longer.*27 examples, 1 of", made, re.S)
     assert documents() == DOCUMENTS
     [first] = re.findall(r"expected first loss ln \d+ = (.*)", made)
-    assert abs(log_of("out/log.csv")[0, 1] - float(first)) < 0.2
-    losses, held_out = log_of("out/log_dpo.csv")[:, 1:3].T
+    assert abs(read_log("out/log.csv")[0, 1] - float(first)) < 0.2
+    losses, held_out = read_log("out/log_dpo.csv")[:, 1:3].T
     assert losses[-9:].mean() < losses[:9].mean()
     assert held_out[6] > 0  # after step 7
     # Fine-tuning leaves the embeddings of tokens of the text alone, and trains all others.
     same = np.load("out/base.npz")["params.wte"] == np.load("out/chat.npz")["params.wte"]
     assert {*np.flatnonzero(same.all(1))} == {*np.fromfile("data/train.bin", "<u2")}
     # It knows the words of the text and of the questions, so a slip is read as what was meant.
-    words = gpt.load_checkpoint("out/chat.npz")[3].words
+    words = words_of("out/chat.npz")
     assert words["ran"] > 20 and words["where"] > 0 and "rann" not in words
     assert outcome("chat --prompt='who rann?'") == "the rat ran\n"
     assert outcome("sft pairs.json --show=1") == (
@@ -687,42 +695,32 @@ def test_a_base_model_is_asked_to_begin_a_document(made, monkeypatch):
     assert asked[0] == END and END not in asked[1:]
 
 def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays(made, monkeypatch):
-    answers = ["X" * n for n in range(1, 21)]  # told apart by their lengths
+    """Of a batch of four, three rows are examples and one is text. An example is told by the length
+    of what is trained in it: " X" and END are 3 tokens, " XX" and END are 4."""
+    answers = ["X" * n for n in range(1, 21)]
     write("lengths.json", "\n".join(f'{{"prompt": "?", "response": "{a}"}}' for a in answers))
-    train = Mock(return_value={"params": None})
-    divided = Mock(wraps=sft.divided)
+    train = Mock(return_value={"params": None})  # nothing is trained
     monkeypatch.setattr(gpt, "train", train)
-    monkeypatch.setattr(sft, "divided", divided)
     outcome("sft lengths.json --init=out/base.npz --batch_size=4")
-    batch_at = train.call_args.args[4]
-    rows, _ = divided(*divided.call_args.args)
-    taken = np.concatenate([batch_at(number)[0][:3] for number in range(20)])
-    assert (taken == rows[:60, 0, 0]).all()  # one after the other
-    lengths = []  # of the answers in each row
+    _, _, _, _, batch_at, *_ = train.call_args.args
+    rows = []
     replayed = set()
-    for x, y, w in map(batch_at, range(90)):  # 3 rows, and one replayed
+    for x, y, w in map(batch_at, range(300)):
         assert (x[:, 1:] == y[:, :-1])[w[:, 1:] > 0].all()
-        for row in w[:3].astype(np.uint8):
-            lengths.append((*map(len, re.findall(b"\1+", row.tobytes())),))
+        rows += [row.tobytes() for row in w[:3].astype(np.uint8)]
         replayed.add(x[3].tobytes())
-    often = Counter(length for row in lengths for length in row)
+    assert len(replayed) > 9  # the text is short
+    n_rows = rows.index(rows[0], 1)  # then they begin anew, in the same order
+    assert rows[n_rows:2 * n_rows] == rows[:n_rows]
+    often = Counter(len(run) for row in rows[:n_rows] for run in re.findall(b"\1+", row))
     assert len(often) == 19  # one of 20 is held out
-    assert 3 in often  # but not the first, of a space, X and END
-    assert max(often.values()) < 1.2 * min(often.values())
-    assert often.total() > 4 * len(lengths)
-    assert len({*lengths}) > 200 and len(replayed) > 1
-
-def test_a_resumed_run_has_the_same_examples_though_their_slips_could_be_read(made):
-    slips = [*say.slips_in("elephant")]  # one of them is held out, and no other row has it
-    pairs = [{"prompt": f"an elephant, an {slip}?", "response": "the cat"} for slip in slips]
-    pairs.append({"prompt": "rann " * 60, "response": "the rat"})  # read as "ran" it would fit
-    write("slips.json", "\n".join(map(json.dumps, pairs)))
-    outcome("sft slips.json --init=out/base.npz --out_dir=slips --max_steps=2")
-    assert "is finished, with 2 steps" in outcome("sft --resume --out_dir=slips")
+    assert 3 in often  # and not simply the first
+    assert len({*often.values()}) == 1  # all were used equally often
+    assert often.total() > 4 * n_rows and len({*rows[:n_rows]}) > 200
 
 def test_an_answer_is_right_or_declined_or_wrong(made, monkeypatch):
-    monkeypatch.setattr(sft, "DONT_KNOW", "the rat ran")  # its answer to one of the questions
-    write("exam.json", 20 * """{"prompt": "who ran?", "response": "the rat ran"}
+    monkeypatch.setattr(world, "DONT_KNOW", "the rat ran")  # its answer to one of the questions
+    write("exam.json", 20 * """{"prompt": "who rann?", "response": "the rat ran"}
         {"prompt": "who ran?", "response": "no rat"}
         {"prompt": "where is the cat?", "response": "the cat sat on the mat"}
         {"prompt": "where is the cat?", "response": "on a mat"}\n""")
@@ -739,9 +737,8 @@ def test_the_last_correction_of_a_question_is_learned(made):
                    "--max_steps=40 --learning_rate=0.006 --eval=pairs.json")
     assert re.search("corrected by you +1 +0.0 -> 100.0", said) and "now 'a hat'" in said
     assert "is finished, with 40 steps" in outcome("sft --dpo --resume --out_dir=corrected")
-    paths = "out/chat.npz", "corrected/dpo.npz"
-    before, after = (gpt.load_checkpoint(path)[3].words for path in paths)
-    assert before["ran"] == after["ran"]  # the text is counted once
+    # The text is counted once.
+    assert words_of("out/chat.npz")["ran"] == words_of("corrected/dpo.npz")["ran"]
     other = outcome("chat corrected/dpo.npz --prompt='where is the cat?'")
     assert other == "the cat sat on the mat\n"  # one of the pairs that it was fine-tuned on
     named = "sft pairs.json --dpo --init=out/chat.npz --out_dir=corrected --batch_size=4"
@@ -770,7 +767,7 @@ TYPED = [  # what is typed at the prompt; what is found, by a regular expression
     ("WHO RAN?\n", "the rat ran"),
     ("/probs\n", "(?s)read as 'who ran.'.*% ' rat'"),
     ("/reset\n", "."),
-    ("who ran?\n", "the rat ran"),
+    ("who rann?\n", "the rat ran"),
     ("/help\n", "/top_k"),
     ("/temperature -1\n", "must be from"),
     ("/better no rat\n", "1 corr"),
@@ -801,6 +798,11 @@ def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
     assert first == {"prompt": [user("who ran?")], "chosen": [assistant("no rat")],
                      "rejected": [assistant("the rat ran")]}
     assert later["prompt"][::2] == [user("who ran?"), user("where is\nthe cat?")]
+
+def test_a_base_model_takes_no_corrections(monkeypatch, capsys):
+    monkeypatch.setattr(chat, "typed", lambda: ["/better no rat"])
+    chat.converse(None, chat.Config(), None)
+    assert "a base model only continues texts" in capsys.readouterr().out
 
 def steps_of(checkpoint):
     return gpt.load_checkpoint(checkpoint)[1]["step"]
@@ -838,13 +840,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits_and_no_other_writes_there(
     assert status == 0
     assert errors == "" or begin == CHAT  # which says there that it goes on
     np.testing.assert_equal(state_of(path), state_of(unstopped))
-    np.testing.assert_equal(log_of(gpt.log_of(path))[:, :4],  # without the times
-                            log_of(gpt.log_of(unstopped))[:, :4])
+    np.testing.assert_equal(read_log(gpt.log_of(path))[:, :4],  # without the times
+                            read_log(gpt.log_of(unstopped))[:, :4])
     kept = path.with_suffix(".prev.npz")  # a fresh run keeps the one before it
     assert kept.read_bytes() == unstopped.read_bytes()
 
 def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
-    log = log_of("out/log.csv")
+    log = read_log("out/log.csv")
     best = np.nanargmin(log[:, 2])
     assert steps_of("out/base.best.npz") == log[best, 0]
     base, chat, dpo = map(json.loads, Path("out/runs.jsonl").read_text().splitlines())
@@ -853,7 +855,7 @@ def test_the_best_model_is_kept_and_what_a_run_was_stands_beside_it(made):
     assert base["settings"]["block_size"] == 96
     assert f"lowest validation {base['val_loss']:.3f} " in made
     assert chat["val_loss"] is None  # nothing was held out
-    assert dpo["val_loss"] == np.nanmin(log_of("out/log_dpo.csv")[:, 2])
+    assert dpo["val_loss"] == np.nanmin(read_log("out/log_dpo.csv")[:, 2])
 
 def test_a_run_says_how_the_one_before_it_did(made):
     assert "of the run before" not in made
@@ -972,7 +974,7 @@ def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_val
     assert re.search(r"0.04 minutes are enough for about \d+ steps", said)
     done = steps_of("timed/base.npz")
     assert done >= 3 and f"step {done}/{done} " in said
-    assert np.isnan(log_of("timed/log.csv")[:, 2]).all()
+    assert np.isnan(read_log("timed/log.csv")[:, 2]).all()
     outcome("gpt --resume --out_dir=timed --minutes=0.01")
     assert steps_of("timed/base.npz") > done
 
@@ -1174,7 +1176,7 @@ def test_two_processes_train_as_one_and_fall_together(made):
     assert end(first)[2] and end(second)[2]
     assert [end(process)[2] for process in start_both("--resume")] == [0, 0]
     outcome(f"{train} --out_dir=one")
-    losses, same = log_of("halves/log.csv")[:, :3], log_of("one/log.csv")[:, :3]
+    losses, same = read_log("halves/log.csv")[:, :3], read_log("one/log.csv")[:, :3]
     np.testing.assert_allclose(losses, same, atol=1e-4)
     assert_close(state_of("halves/base.npz"), state_of("one/base.npz"), 1e-3)
 

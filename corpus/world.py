@@ -1,12 +1,12 @@
 """The built-in corpus: documents that tell facts, and questions, some of which nobody told the
-answer to. prepare.py runs it when it is given no text. How all this is worded is in corpus/say.py.
+answer to. prepare.py runs it when it is given no text. corpus/wording.py puts all into words.
 
 A subject x is a country, a capital or an element, or a name of which nothing is told. An attribute
 a is what is told or asked of it: its currency, its symbol, or a topic like its king."""
 import math, re
 from collections import defaultdict
 
-from corpus.say import SAY, ask, ask_in_haste, chance, fill, read_csv, rng, sentence
+from corpus.wording import WORDINGS, ask, ask_in_haste, chance, fill, read_csv, rng, sentence
 
 KINDS = {
     "place": ["capital", "continent", "language", "currency", "country"],
@@ -14,8 +14,9 @@ KINDS = {
 }
 ATTRIBUTES = KINDS["place"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
-# What may be asked is kept in pools: {a name as below: [(x, a), ...]}.
-SHARES = {  # of these in the questions to train on
+# What may be asked is kept in pools: {name: [(x, a), ...]}. These are the names, and how often
+# training asks from each pool: 27 of 52 times from A.
+SHARES = {
     "A": 27,  # told: the capital of Peru
     "small talk": 2,  # Hello
     # U is what nobody told:
@@ -56,7 +57,7 @@ def made_up(kind):
     would teach it to doubt B too."""
     while True:
         syllables = [ONSETS, "aeiou", ["", "", "", "l", "n", "r"]] * rng.randint(2, 3)
-        name = "".join(map(rng.choice, [*syllables, SAY[kind, "ending"]]))
+        name = "".join(map(rng.choice, [*syllables, WORDINGS[kind, "ending"]]))
         if name not in TAKEN:
             return name if kind == "element" else name.capitalize()
 
@@ -64,8 +65,8 @@ def value(x, a):
     return FACTS.get(x, {}).get(a, "")
 
 def tell(x, attributes, n):
-    """n documents about x: four sentences, each a fact or that it is not known; now and then, or if
-    there are no attributes, one that says nothing."""
+    """n documents about x, each of four sentences: facts, or that they are not known. Now and then,
+    and if there are no attributes always, a sentence only names x."""
     for _ in range(n):
         told = rng.choices([*attributes] * 6 + ["any"], k=4)
         yield " ".join(sentence(x, a, value(x, a)) for a in told)
@@ -73,50 +74,52 @@ def tell(x, attributes, n):
 def answer(x, a):
     v = value(x, a)
     if v:
-        return fill(SAY[a, "statement"][0], x, v)
-    return (SAY[a, "reply"] or [DONT_KNOW])[0]
+        return fill(WORDINGS[a, "statement"][0], x, v)
+    return (WORDINGS[a, "reply"] or [DONT_KNOW])[0]
 
 def reworded(question, statement):
-    """The question or, half the time, another one that has the statement for an answer, if that is
-    worded as here: "The capital of Togo is Lomé." also answers "Which city runs Togo?"."""
-    about = {}  # x -> a, if the statement can be about the a of x
+    """The question, or half the time another one that the statement answers: "The capital of Togo is
+    Lomé." also answers "Which city runs Togo?". But if it is worded as no statement here, always
+    the question."""
+    may_tell = {}  # x -> a, if the statement may tell the a of x
     for a in ATTRIBUTES:
         values = {facts.get(a) for facts in FACTS.values()}
-        for template in SAY[a, "statement"]:
+        for template in WORDINGS[a, "statement"]:
             # A pattern such as "The capital of (?P<x>.+) is (?P<v>.+)."
             found = re.fullmatch(fill(template, "(?P<x>.+)", "(?P<v>.+)"), statement)
-            # "Paris is in France." looks like "{x} is in {v}.", of continents; but France is none.
-            # A sentence that names its attribute ("The capital of ...") cannot be mistaken.
+            # "Paris is in France." is worded like "{x} is in {v}.", which tells continents; but
+            # France is no value of these. A template with the attribute's name in it ("The capital
+            # of {x} is {v}.") tells nothing else.
             if found and (a in template or found["v"] in values):
-                about[found["x"]] = a
-    if not about or chance(0.5):
+                may_tell[found["x"]] = a
+    if not may_tell or chance(0.5):
         return question
-    x = min(about, key=len)  # Peru, of "On the map, Peru is in South America."
-    return ask(x, about[x])
+    x = min(may_tell, key=len)  # of "On the map, Peru" and "Peru"
+    return ask(x, may_tell[x])
 
 def is_ambiguous(x, a):
-    """Whether a is the continent and x a capital only. "Where is Lima?" may ask for the continent,
-    which is not known, or for the country, which is told: so it is asked nowhere."""
+    """Whether a is the continent and x a capital, but no country. "Where is Lima?" may ask for its
+    continent, which nobody told, or for its country, which is told: so it is never asked."""
     return a == "continent" and not value(x, a) and value(x, "country") != ""
 
 LONGEST = 190  # characters of a conversation; the 64 tokens that the model sees hold about so many
 
 def next_question(x, a, pools):
-    """What is asked after a question about (x, a) -> (subject, attribute, use): mostly something
-    else, at times the same of another subject, or something else of the same subject."""
+    """What is asked after a question about (x, a) -> (subject, attribute, use). Mostly that is
+    (y, b), drawn from the pools; at times it is a follow-up: the same about y, or b about x."""
     [name] = rng.choices(list(SHARES), SHARES.values())
     y, b = rng.choice(pools[name])
-    follows = SAY[a, "name"] and SAY[b, "name"] and chance(0.3)
+    follows = WORDINGS[a, "name"] and WORDINGS[b, "name"] and chance(0.3)
     if follows and chance(0.5) and not is_ambiguous(y, a):
         return y, a, "follow-up subject"  # And Chile?
     if follows and not is_ambiguous(x, b):
-        attributes = [b, *FACTS.get(x, [])]  # with b alone most would be declined
+        attributes = [b, *FACTS.get(x, [])]  # b alone would mostly be unknown
         return x, rng.choice(attributes), "follow-up"  # And its currency?
     return y, b, "question"  # What is the symbol of gold?
 
 def conversation(pools):
     """Questions and their answers, as many as fit."""
-    x = a = ""  # what was asked last
+    x = a = ""  # what was asked last: nothing
     messages, length = [], 0
     while True:
         x, a, use = next_question(x, a, pools)
@@ -142,8 +145,8 @@ def tell_known(subjects, group, pools):
                 pools["U, cannot have"].append((x, a))
 
 def tell_unknown(train, test):
-    """Documents about the names of unknowns.csv. A third of these is for the test; so are those
-    with a word of B's: declining El Dorado would teach to decline El Salvador."""
+    """Documents about the names of unknowns.csv. A third of them is asked in the test. So are all
+    with a word of a name of B: training to decline El Dorado would teach to decline El Salvador."""
     never_asked = {word for x, _ in test["B"] for word in x.split()}
     for x, attributes in UNKNOWN.items():
         name = "U, mentioned" if chance(0.2) else "U, nowhere, real"
@@ -171,7 +174,7 @@ def divide(tell_b):
         documents += tell_known(subjects, "A", train)
     documents += tell_unknown(train, test)
     for topic in TOPICS:
-        replies = SAY[topic, "reply"]  # to small talk; nobody told of other topics
+        replies = WORDINGS[topic, "reply"]  # to small talk; nobody told of other topics
         pools = train if replies or not chance(0.1) else test
         name = "small talk" if replies else "U, other matters"
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
@@ -183,10 +186,10 @@ def divide(tell_b):
             pools["U, nowhere, made up"].append((made_up(kind), a))
     return documents, train, test
 
-def examined(name, pool, n, asked, use):
-    """n questions about what is in the pool, asked by ask or ask_in_haste."""
+def examined(name, pool, n, asked, how):
+    """n questions about what is in the pool. asked: ask or ask_in_haste, how: its last argument."""
     for x, a in rng.choices(pool, k=n):
-        yield {"set": name, "attribute": a, "value": value(x, a), "instruction": asked(x, a, use),
+        yield {"set": name, "attribute": a, "value": value(x, a), "instruction": asked(x, a, how),
                "response": answer(x, a)}
 
 def examination(pools):

@@ -29,20 +29,24 @@ def read_csv(name):
     text = pathlib.Path(__file__).with_name(name).read_text("utf-8")
     return list(csv.DictReader(text.splitlines()))
 
-SAY = defaultdict(list)  # (about, use) -> wordings; a "new" use is kept for the test
+WORDINGS = defaultdict(list)  # (about, use) -> wordings; a "new" use is kept for the test
 for row in read_csv("wordings.csv") + read_csv("topics.csv"):
-    SAY[row["about"], row["use"]].append(row["wording"])
+    WORDINGS[row["about"], row["use"]].append(row["wording"])
 
-def wording(use, about="any"):
-    """A wording from the rows of this use about `about`, or from those about any thing, half the
-    time each. Topics without a row "name" have no use for the latter. A {part} is worded in turn:
-    "Say {noun}." -> "Say the {name} of {x}." -> "Say the capital of {x}." """
-    own = SAY[about, use]
-    shared = SAY["any", use] if SAY[about, "name"] else []
-    some = [wordings for wordings in (own, shared) if wordings]
-    # A topic without a name, such as jokes, has questions and nothing else.
-    text = rng.choice(rng.choice(some or [SAY[about, "question"]]))
-    return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], about), text)
+def wording(use, a="any"):
+    """A wording for this use: half the time from the rows about a, half the time from those about
+    any thing. A {part} is worded in turn:
+
+        Say {noun}.  ->  Say the {name} of {x}.  ->  Say the capital of {x}.
+
+    Some topics, such as jokes, have no row "name". What is worded by names then makes no sense of
+    them, so they only have rows of their own, and these are questions, whatever the use."""
+    if WORDINGS[a, "name"]:
+        sources = [WORDINGS[a, use], WORDINGS["any", use]]
+    else:
+        sources = [WORDINGS[a, use] or WORDINGS[a, "question"]]
+    text = rng.choice(rng.choice([*filter(None, sources)]))
+    return re.sub("{(name|noun|new noun)}", lambda part: wording(part[1], a), text)
 
 def capitalized(text):
     return text[0].upper() + text[1:]
@@ -64,8 +68,8 @@ def careless(text):
     return text.lower() if chance(0.3) else text
 
 def slips_in(text):
-    """What a slip of the finger in one of its longer words makes of a text, two letters swapped,
-    one left out or doubled:
+    """A text with one slip of the finger in a longer word, in all ways there are: two letters
+    swapped, one left out or doubled.
 
     >>> list(slips_in("a tree"))
     ['a rtee', 'a ree', 'a ttree', 'a tere', 'a tee', 'a trree', 'a tre', 'a treee']
@@ -82,10 +86,10 @@ def slip(text):
     return rng.choice(slips) if slips else text
 
 def sentence(x, a, v):
-    """As people write it: that v is the a of x; without v, that it is not known; about "any",
-    nothing to learn."""
+    """A sentence as people write it. It says that v is the a of x or, without v, that this is not
+    known. If a is "any" it only names x."""
     if v or a == "any":
-        template = rng.choice(SAY[a, "statement"])
+        template = rng.choice(WORDINGS[a, "statement"])
     else:
         template = wording("not known", a)
     return careless(fill(template, x, v))
@@ -108,8 +112,8 @@ def ask(x, a, use="question"):
     return careless(question)
 
 def ask_in_haste(x, a, how):
-    """A question as in ask(), but for the test: words around it that are never trained, or a slip,
-    of which none is; sft.as_read reads what was meant."""
+    """A question as people type it in a hurry, in ways that no training question has: with other
+    words around it, with a slip of the finger (sft.as_read puts right what it can), and so on."""
     if how == "in two words":
         return careless(fill(wording("two words", a), x))
     question = wording("question", a)
