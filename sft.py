@@ -255,7 +255,7 @@ def that_fit(examples, tokenizer, T):
     return fitting
 
 def joined(examples, tokenizer, T, rng):
-    """Examples in random order, joined until the context is full -> fewer, longer examples. They are
+    """Examples in random order, joined until the context is full -> fewer, longer examples. That is
     like a chat, where a question has mostly nothing to do with the one before. Of less than 2,000
     all are used several times, each time in other company."""
     longer = [Example([[]], "")]

@@ -298,6 +298,7 @@ BASE = (f"gpt {TINY} --n_embd=32 --block_size=96 --dropout=0.02 --grad_accum=2 -
 CHAT = ("sft pairs.json --batch_size=8 --max_steps=100 --eval_every=7 --log_every=1"
         " --learning_rate=0.01")
 DPO = "sft --dpo=prefs.json --batch_size=4 --max_steps=40 --eval_every=7 --log_every=1"
+# Questions and answers; as there is something rejected in them, they also serve as preferences.
 PAIRS = f"""{{"prompt": "where is the cat?", "chosen": "the cat sat on the mat", "rejected": "Z"}}
 {{"prompt": "who ran?", "chosen": "the rat ran", "rejected": "Z"}}
 {{"prompt": "{'X' * 90}", "chosen": "Y", "rejected": "Z"}}
@@ -315,7 +316,8 @@ def outcome(command):
     return errors.getvalue() or out.getvalue()
 
 def start(command, shell=None, **env):
-    """The same as a process of its own, perhaps from a shell, where "$@" is all of it."""
+    """The same as a process of its own. shell: a line for sh that starts it, in which "$@" stands
+    for the command and all its arguments."""
     script, *argv = shlex.split(command)
     argv = [sys.executable, sys.modules[script].__file__, *argv]
     pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
@@ -882,6 +884,7 @@ def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, 
     with monkeypatch.context() as patch:
         patch.setattr(gpt.shutil, "disk_usage", lambda folder: Mock(free=90_000))
         assert "base.npz: the disk has no room for two more of it" in outcome(train)
+    # The first save, then after each of the three steps the best one and the last one.
     fourth_fails = [DEFAULT] * 3 + [full] + [DEFAULT] * 2
     save = Mock(wraps=gpt.save_checkpoint, side_effect=fourth_fails)
     monkeypatch.setattr(gpt, "save_checkpoint", save)
@@ -978,7 +981,11 @@ def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_val
     outcome("gpt --resume --out_dir=timed --minutes=0.01")
     assert steps_of("timed/base.npz") > done
 
-# Skip this at first: that Apple's GPU is only given what it was seen to do.
+# Skip this at first: that Apple's GPU is only given what it was seen to do. It reads StableHLO, in
+# which a line such as
+#     %4 = stablehlo.dot_general %2, %3, contracting_dims = [1] x [0] : tensor<4x16xf32>
+# is allowed, and one with another operation, type or more than four axes is not:
+#     %5 = stablehlo.gather ...     %6 = chlo.erf ...    tensor<4x16xbf16>    tensor<1x2x3x4x5xf32>
 METAL_CAN = """dot_general add subtract multiply divide negate maximum minimum exponential log tanh
     rsqrt sqrt reduce broadcast_in_dim reshape transpose slice concatenate pad constant iota compare
     and or not select convert return""".split()
@@ -1044,7 +1051,7 @@ def test_a_gpu_of_apples_is_trusted_only_if_it_agrees_with_the_cpu(
     def small_gradient(where, dropout):
         gradient = right_gradient(where, dropout).copy()
         if where == gpu:
-            gradient[:1 << 16] *= factor  # only attn's, the first numbers
+            gradient[:4 * 128 * 128] *= factor  # only that of wo and wqkv, the first numbers
         return gradient
     monkeypatch.setattr(gpt, "on_metal", lambda: gpt.device() == gpu)
     monkeypatch.setattr(gpt, "small_gradient", small_gradient)

@@ -78,9 +78,9 @@ def answer(x, a):
     return (WORDINGS[a, "reply"] or [DONT_KNOW])[0]
 
 def reworded(question, statement):
-    """The question, or half the time another one that the statement answers: "The capital of Togo is
-    Lomé." also answers "Which city runs Togo?". But if it is worded as no statement here, always
-    the question."""
+    """The question or, half the time, another one that the statement answers: "The capital of Togo
+    is Lomé." also answers "Which city runs Togo?". If the statement is not worded as the corpus
+    words it, always the question."""
     may_tell = {}  # x -> a, if the statement may tell the a of x
     for a in ATTRIBUTES:
         values = {facts.get(a) for facts in FACTS.values()}
