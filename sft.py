@@ -513,13 +513,12 @@ def learn_words(about, tokenizer, text_ids, examples):
     for slips."""
     if not len(text_ids):
         return
-    noted = about.get("words", {})  # by an earlier fine-tuning, with those of the text
     texts = [message.text for example in examples for message in example.chosen]
-    if not noted:  # of a long text 4 M tokens, from everywhere in it
-        step = max(1024, len(text_ids) // 4096)
-        for start in range(0, len(text_ids), step):
-            texts.append(tokenizer.decode(text_ids[start:start + 1024].tolist()))
+    step = max(1024, len(text_ids) // 4096)  # of a long text 4 M tokens, from everywhere in it
+    for start in range(0, len(text_ids), step):
+        texts.append(tokenizer.decode(text_ids[start:start + 1024].tolist()))
     words = Counter(map(str.lower, re.findall(A_WORD, "\n".join(texts))))
+    noted = about.get("words", {})  # by an earlier fine-tuning
     about["words"] = {**words, **noted}
 
 def divided(examples, tokenizer, cfg):

@@ -417,6 +417,9 @@ def test_a_word_that_training_never_had_is_read_as_the_frequent_one_a_slip_away(
     for typed in ("languages", "lagnuagge", "capitel"):  # known, two slips, near a rare word
         assert as_read(typed) == typed
     assert sft.as_read("The lanugage", {}) == "The lanugage"
+    about = {}
+    sft.learn_words(about, TOKENIZER, text_ids=[], examples=[])  # without the text
+    assert about == {}
 
 def test_the_prompt_of_chat_begins_the_training_example():
     answered = sft.Message("assistant", "a mat", trained=True)
@@ -722,7 +725,8 @@ def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays
 
 def test_an_answer_is_right_or_declined_or_wrong(made, monkeypatch):
     monkeypatch.setattr(world, "DONT_KNOW", "the rat ran")  # its answer to one of the questions
-    write("exam.json", 20 * """{"prompt": "who rann?", "response": "the rat ran"}
+    monkeypatch.setattr(sft, "as_read", lambda question, words: question.replace("Z?", "who ran?"))
+    write("exam.json", 20 * """{"prompt": "Z?", "response": "the rat ran"}
         {"prompt": "who ran?", "response": "no rat"}
         {"prompt": "where is the cat?", "response": "the cat sat on the mat"}
         {"prompt": "where is the cat?", "response": "on a mat"}\n""")
@@ -745,6 +749,10 @@ def test_the_last_correction_of_a_question_is_learned(made):
     assert other == "the cat sat on the mat\n"  # one of the pairs that it was fine-tuned on
     named = "sft pairs.json --dpo --init=out/chat.npz --out_dir=corrected --batch_size=4"
     assert "checkpoint: corrected" in outcome(f"{named} --max_steps=2")
+    moved = Path("pairs.json").rename("elsewhere.json")
+    said = outcome("sft --dpo --init=out/chat.npz --out_dir=corrected")
+    assert "pairs.json: out/chat.npz was fine-tuned on it, and it is not here" in said
+    moved.rename("pairs.json")
     said = outcome("sft --dpo --init=out/base.npz --out_dir=corrected --data_dir=none --show=1")
     assert said.startswith("nothing keeps the other answers as they are")
 
@@ -882,7 +890,7 @@ def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, 
     full = OSError(28, "No space left on device")
     train = f"gpt {TINY} --max_steps=3 --eval_every=1 --out_dir=full"
     with monkeypatch.context() as patch:
-        patch.setattr(gpt.shutil, "disk_usage", lambda folder: Mock(free=90_000))
+        patch.setattr(gpt.shutil, "disk_usage", lambda folder: Mock(free=150_000))
         assert "base.npz: the disk has no room for two more of it" in outcome(train)
     # The first save, then after each of the three steps the best one and the last one.
     fourth_fails = [DEFAULT] * 3 + [full] + [DEFAULT] * 2
@@ -972,14 +980,18 @@ def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_ans
     _, nothing = once[0].dialogues  # instead of an old answer nothing is rejected
     assert not any(message.trained for message in nothing)
 
-def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(made):
+def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(
+        made, tmp_path, monkeypatch):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
     assert re.search(r"0.04 minutes are enough for about \d+ steps", said)
     done = steps_of("timed/base.npz")
     assert done >= 3 and f"step {done}/{done} " in said
     assert np.isnan(read_log("timed/log.csv")[:, 2]).all()
-    outcome("gpt --resume --out_dir=timed --minutes=0.01")
-    assert steps_of("timed/base.npz") > done
+    data = Path("data").resolve()
+    shutil.copytree("timed", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    outcome(f"gpt --resume --data_dir={data} --minutes=0.01")  # in out, where it is now
+    assert steps_of("out/base.npz") > done
 
 # Skip this at first: that Apple's GPU is only given what it was seen to do. It reads StableHLO, in
 # which a line such as
