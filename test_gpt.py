@@ -990,8 +990,8 @@ def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_val
     data = Path("data").resolve()
     shutil.copytree("timed", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
-    outcome(f"gpt --resume --data_dir={data} --minutes=0.01")  # in out, where it is now
-    assert steps_of("out/base.npz") > done
+    said = outcome(f"gpt --resume --data_dir={data} --minutes=0.01")
+    assert steps_of("out/base.npz") > done and "--out_dir out " in said  # where it is now
 
 # Skip this at first: that Apple's GPU is only given what it was seen to do. It reads StableHLO, in
 # which a line such as
