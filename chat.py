@@ -58,14 +58,14 @@ def load(path):
     goes on. To seen it adds how probable each token was."""
     state, about, model, tokenizer = gpt.load_checkpoint(path)
     generate = gpt.make_generator(model)
-    answers = about["kind"] == "chat"
+    is_chat = about["kind"] == "chat"
     T = model.block_size
 
     def new_ids(ids, cfg, seen):
         rng = np.random.default_rng(cfg.seed)
         how = {name: getattr(cfg, name) for name in SAMPLING}
         if cfg.temperature is None:
-            how["temperature"] = 0.0 if answers else 0.8
+            how["temperature"] = 0.0 if is_chat else 0.8
         for [id], [logits] in generate(state["params"], [ids], cfg.max_new_tokens, rng, **how):
             percent = 100 / np.exp(logits - logits[id]).sum()  # the softmax of that logit
             seen.append(f"{percent:6.1f} % {tokenizer.decode([id])!r}")
@@ -73,7 +73,7 @@ def load(path):
 
     def reply(messages, cfg, seen):
         text = messages[-1].text
-        if answers:
+        if is_chat:
             read = sft.as_read(text, about.get("words", {}))
             messages[-1] = Message("user", read)  # what /better will name, too
             ids = prompt_ids(messages, tokenizer, T)
@@ -82,13 +82,13 @@ def load(path):
         else:
             ids = [END, *tokenizer.encode(text)]  # a document begins with the text
         pieces = tokenizer.stream(new_ids(ids, cfg, seen))
-        if answers:
+        if is_chat:
             yield next(pieces, "").removeprefix(" ")  # render() puts a space before an answer
         else:
             yield text
         yield from pieces
 
-    return reply, answers
+    return reply, is_chat
 
 def correct(messages, better, path):
     """Add what the last answer should have been to a file, whole or not at all, in the format of
@@ -177,7 +177,7 @@ def main(argv):
         if not cfg.checkpoint:
             sft.make_if_missing(path)
     gpt.check_device()
-    reply, answers = load(path)
+    reply, is_chat = load(path)
     if cfg.prompt is not None:
         return print(printable("".join(reply([Message("user", cfg.prompt)], cfg, []))))
     if not sys.stdin.isatty():
@@ -185,7 +185,7 @@ def main(argv):
     with suppress(ImportError):
         import readline  # noqa: F401  line editing and history at the prompt
     print(f"{path}: ask a question, or begin a text if it is a base model; /help for help")
-    feedback = path.with_name("feedback.jsonl") if answers else None
+    feedback = path.with_name("feedback.jsonl") if is_chat else None
     converse(reply, cfg, feedback)
 
 if __name__ == "__main__":

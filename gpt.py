@@ -7,7 +7,7 @@
 Read it from top to bottom. Four ideas carry it: a model is nested dicts of arrays; one attention
 head is written for one sequence and jax.vmap makes all heads of all sequences of it; jax.grad
 derives the backward pass; jax.jit compiles. In shapes: B batch, T time (tokens), S time of keys
-and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand last in prepare.py.
+and values, V vocabulary, C width, H heads, D = C / H. Small helpers stand at the end of prepare.py.
 """
 import csv, ctypes, json, math, os, re, shutil, sys, time, zlib
 from contextlib import nullcontext, suppress
@@ -21,15 +21,15 @@ from prepare import CONTEXT, CORES, END, InputError, Tokenizer, printable, read_
 from prepare import clock, draw, keep_previous, only_writer, setting
 from prepare import show_progress, whole_file, wishes_to_stop
 
-# Skip this at first; it must come before jax is imported. Each CPU core becomes a device: small
+# Skip this at first; it must come before jax is imported. Each CPU core becomes a device, for small
 # matrix products run faster on one core each than spread over all of them. The last line is for
 # Apple's jax-metal.
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={CORES} {flags}"
 os.environ.setdefault("ENABLE_PJRT_COMPATIBILITY", "1")
 
-# glibc gives large buffers back to the system, and jax before 0.12 asks for them anew in each step.
-# Keeping them makes a step a third shorter. Systems without glibc have no mallopt.
+# Skip this, too. glibc gives large buffers back to the system, and jax before 0.12 asks for them
+# anew in each step. Keeping them makes a step a third shorter. Other systems have no mallopt.
 with suppress(AttributeError, OSError, TypeError):
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(-4, 0)  # M_MMAP_MAX
@@ -43,7 +43,7 @@ from jax.experimental.multihost_utils import process_allgather, sync_global_devi
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---------------------------------------------------------------- settings: each is a flag
-# setting(default, help, lowest, highest); CONTEXT is 64. Both stand in prepare.py.
+# setting(default, help, lowest, highest) and CONTEXT, 64 tokens, stand in prepare.py.
 @dataclass(frozen=True)
 class Config:
     # the model
@@ -89,8 +89,7 @@ def on_metal():
     return device().platform.lower() in ("metal", "mps", "mtl")
 
 def in_all_processes(value):
-    """The values that it has in all processes, as an array. There is one process, but on several
-    hosts one on each (see join)."""
+    """[value]; with several processes, as on several hosts (see join), the value of each."""
     return process_allgather(np.array(value))
 
 def fast_dtype():
@@ -113,9 +112,9 @@ def init_params(cfg, rng=None):
     generator, so that all versions of JAX begin alike; without one all matrices are zero:
     load_checkpoint only wants the shapes."""
     C = cfg.n_embd
-    # In matrices that read the residual stream (x in forward) numbers are so large that a product
-    # is about as large as the vector it is made of. In those that add to it, and in the embedding,
-    # they are small: a block begins as nearly the identity.
+    # Matrices that read the residual stream (x in forward) begin with the scale 1 / sqrt(C), which
+    # makes products about as large as what is multiplied. Those that add to the stream, and the
+    # embedding, begin small: then a block begins as nearly the identity.
     reads, adds = 1 / math.sqrt(C), 0.02
 
     def normal(scale, *shape):
@@ -146,7 +145,7 @@ def matmul(x, w, cfg, axis=0):
     embedding when it is the output layer."""
     if cfg.dtype == "bfloat16" and not on_metal():
         return rounded_matmul(x, w, axis)  # the same with rounded numbers, see below
-    return jnp.tensordot(x, w, (-1, axis))
+    return jnp.tensordot(x, w, (-1, axis))  # sums over the last axis of x and this axis of w
 
 def norm(x, gain=1.0):
     """Root mean square normalisation (arXiv 1910.07467) of the last axis: (..., C) -> (..., C)."""
@@ -156,7 +155,8 @@ def norm(x, gain=1.0):
 def rotate(x, position, cfg):
     """Rotary positions (arXiv 2104.09864): x (B, H, T, D), position (B or 1, T) -> like x.
     Number i and number i + D/2 make a pair, which is turned by position / 10000^(2i/D) radians:
-    the first pair by 1 for each position, the last by hardly anything."""
+    the first pair by 1 for each position, the last by hardly anything. Queries and keys are turned,
+    and the product of two of them then depends on how far apart they are, not on where."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-np.arange(half) / half)
     angle = np.arange(cfg.block_size)[:, None] * frequency  # (block_size, D/2)
@@ -193,7 +193,7 @@ def causal_heads(q, k, v):
     the work. jax.checkpoint saves memory: jax.grad computes the weights again instead of keeping
     them."""
     T = q.shape[1]
-    # XLA must not merge the second computation with the first; Metal lacks the barrier for that.
+    # XLA must not merge that second computation with the first; Metal lacks the barrier for it.
     some_heads = jax.checkpoint(heads, prevent_cse=not on_metal())
     parts = []
     for start in range(0, T, QUERIES):
@@ -207,7 +207,8 @@ def cached_heads(q, k, v, position, cache, cfg):
     """In generation, skip it until make_generator: one new token for each sequence, at position
     (B, 1): q, k, v (B, H, 1, D) -> (B, H, 1, D), keys and values (B, H, S, D). The cache has a slot
     for each of the S = block_size positions. The first pass has filled all, with the prompt and
-    padding. The token's key and value go into its own slot, and it sees the slots up to there."""
+    padding. The token's key and value go into its own slot, and it sees the slots up to there: a
+    slot with padding is overwritten before a token sees it."""
     slots = np.arange(cfg.block_size)[None]  # (1, S)
     is_own = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
     k = jnp.where(is_own, k, cache[0])
@@ -224,7 +225,7 @@ def attention(x, wqkv, wo, position, cache, cfg):
 
     q, k, v = map(to_heads, jnp.split(matmul(x, wqkv, cfg), 3, axis=-1))
     # Queries and keys are normalised, which learns faster (arXiv 2010.04245). With a gain of 1.2
-    # scores go up to 1.44 sqrt(D), enough to look at one token alone.
+    # scores go up to 1.2 * 1.2 * D / sqrt(D), enough to look at one token alone.
     q = norm(rotate(q, position, cfg), 1.2)
     k = norm(rotate(k, position, cfg), 1.2)
     if cache is None:  # in training; and in generation at first, for whole prompts
@@ -334,16 +335,16 @@ def adam(state, grads, t, rate, cfg, beta1=0.9, beta2=0.99):
     correct2 = 1 - jnp.exp(t * math.log(beta2))
 
     def new_value(p, m, v):
-        # Where there never was a gradient nothing decays: sft.py holds rows of the embedding fixed.
+        # v is 0 if there never was a gradient. Then nothing decays: sft.py holds some rows fixed.
         decay = jnp.where(v > 0, cfg.weight_decay * p, 0) if p.ndim > 1 else 0
         return p - rate * (m / correct1 / (jnp.sqrt(v / correct2) + 1e-8) + decay)
 
     return {"params": jax.tree.map(new_value, state["params"], m, v), "m": m, "v": v}
 
 def placements(n_rows, devices=None):
-    """Where arrays live, skip it at first -> (whole, split): whole means a copy on each device,
-    split means divided among them along the first axis. It takes as many devices as divide the
-    number of rows. jit adds what the devices must tell each other."""
+    """Where arrays live, skip it at first -> (whole, split). whole: a copy on each device; split:
+    the first axis is divided among them. For 16 rows it takes 2 of 3 devices, the largest number
+    that divides them. jit adds what the devices must tell each other."""
     devices = devices or jax.devices(device().client)  # all of the default one's kind
     n = max(i for i in range(1, len(devices) + 1) if n_rows % i == 0)
     mesh = Mesh(np.array(devices[:n]), ("data",))
@@ -362,7 +363,7 @@ def placements_of(state, cfg):
     return jax.tree.map(placement, state)
 
 def put(array, placement):
-    """An array onto the devices; those of another process are filled by that one."""
+    """Put an array onto devices, like jax.device_put. Each process fills its own devices."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, placement, lambda part: array[part])
 
@@ -371,8 +372,15 @@ def make_step(objective, batch_at, cfg, placed):
     state and the loss. objective(params, batch, key) gives (sum, count) of a micro-batch, and
     batch_at(n) the n-th micro-batch of the run. Micro-batches are added up, then divided once.
 
-    out_shardings says where jit leaves its results, and placed where the state lives: a placement
-    for each of its arrays, from placements_of. With one device both could be left out."""
+    In short, on one device and without micro-batches:
+
+        gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))
+        (total, count), grads = gradient(state["params"], batch, key)
+        state = adam(state, each of grads / count, number + 1, rate, cfg)
+
+    has_aux: of the pair that objective returns only the first is differentiated. All else says on
+    which devices arrays lie: out_shardings where jit leaves its results, whole or split (see
+    placements), and placed where the state lives, a placement for each of its arrays."""
     whole, split = placements(cfg.batch_size)
     gradient = jax.jit(
         jax.value_and_grad(objective, has_aux=True),
@@ -416,16 +424,16 @@ def load_tokens(path, tokenizer, at_least):
 
 def random_batch(ids, n, T, seed, number):
     """The number-th batch -> x, y (n, T) int32, w (n, T) of ones: a function of (seed, number), so
-    that a resumed run sees the same. For each row a place in ids is drawn. The row begins there,
-    but if there is an <|end|> at it or less than T / 2 tokens before it, with that <|end|>:
+    that a resumed run sees the same. For each row a place in ids is drawn, where it begins. But if
+    there is an <|end|> at that place or less than T / 2 tokens before it, it begins with that:
 
         ids   ... y z <|end|> a b c d e f g h i j ...      T = 8, drawn: c
         x             <|end|> a b c d e f g
         y                     a b c d e f g h
 
     So a document's first tokens are mostly seen with all that they follow from. Each token is a
-    target about as often as it is in the text (0.5 to 1.5 times). In a row with two documents the
-    second sees the first."""
+    target about as often as it is in the text: 1.5 times at a document's beginning, 0.5 times just
+    behind the row that begins there. In a row with two documents the second sees the first."""
     rows = []
     for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
         earliest = max(0, start + 1 - T // 2)
@@ -449,7 +457,7 @@ def make_validation(ids, tokenizer, cfg):
     n, T = 4 * cfg.batch_size, cfg.block_size  # without gradients more rows fit
     # Whole batches; what fills up the last one does not count.
     shape = (-(-n_tokens // (n * T)), n, T)
-    x = np.resize(ids[:-1], shape)
+    x = np.resize(ids[:-1], shape)  # repeats ids to fill the shape
     y = np.resize(ids[1:], shape)
     w = np.float32(np.arange(x.size) < n_tokens).reshape(shape)
     whole, split = placements(cfg.batch_size)
@@ -609,10 +617,13 @@ MAY_CHANGE = {"max_steps", "minutes", "eval_every", "log_every", "data_dir", "ou
               "shard_params", "coordinator", "num_processes", "process_id", "eval"}
 
 def inherit(cfg, given, about, path):
-    """cfg with the settings that the checkpoint at path decides. With --init these are the model's.
-    On --resume they are all but out_dir, for the folder may have moved, and but those of MAY_CHANGE
-    that are typed. given: the names of the flags that are typed; if one of them contradicts the
-    checkpoint, that is an error."""
+    """cfg with the settings that the checkpoint at path decides:
+
+        --init     those of the model
+        --resume   all but out_dir, for the folder may have moved, and typed ones of MAY_CHANGE
+
+    given: the names of the flags that are typed. It is an error if one contradicts the checkpoint.
+    """
     saved = about["config"]
     decided = MODEL_SETTINGS
     if cfg.resume:
@@ -675,8 +686,8 @@ def lower(best, new):
 
 def save(cfg, path, state, about, best, must_succeed=False):
     """Save a checkpoint -> the state, collected from all devices and processes. best: the lowest
-    validation so far; if about["best"] is another one, this checkpoint is saved as the best, too.
-    A failure is an error if the save must succeed, else one line tells of it."""
+    validation so far. If it is a new one, not about["best"], the checkpoint is saved as *.best.npz,
+    too. A failure is an error if the save must succeed, else one line tells of it."""
     about["config"] = asdict(replace(cfg, minutes=0.0))  # the minutes have become max_steps
     state = process_allgather(state, tiled=True)
     try:
@@ -752,7 +763,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     if cfg.minutes:
         cfg = replace(cfg, max_steps=done + 100)  # until its pace is known
     ticks = [time.perf_counter()]  # when it began, and when each step ended
-    began = ticks[0] - about["seconds"]
+    since = ticks[0] - about["seconds"]  # without the pauses between runs
     placed = placements_of(state, cfg)
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
@@ -767,9 +778,9 @@ def train(cfg, state, about, objective, batch_at, validate, path):
             value = float(value)  # waits for the device
             done += 1
             ticks.append(time.perf_counter())
-            about.update(step=done, seconds=ticks[-1] - began)
+            about.update(step=done, seconds=ticks[-1] - since)
             if cfg.minutes and len(ticks) > 3:
-                cfg = steps_in_time(cfg, done, ticks)  # only the rate and the end depend on it
+                cfg = steps_in_time(cfg, done, ticks)  # the rate and the end depend on it
 
             stopped = in_all_processes(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps

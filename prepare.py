@@ -58,8 +58,7 @@ class Tokenizer:
 
     @functools.lru_cache(1 << 18)
     def encode_word(self, word):
-        """A word -> its ids. They are kept as a string in which chr(id) stands for an id, for then
-        str.replace merges a pair."""
+        """A word -> a string in which chr(id) stands for an id. So str.replace merges a pair."""
         word = "".join(chr(FIRST_BYTE + b) for b in word.encode("utf-8", "replace"))
         while known := self.merged.keys() & itertools.pairwise(word):
             first = min(known, key=self.merged.get)  # the first that was learned
@@ -114,9 +113,9 @@ def train_bpe(words, vocab_size):
         find the pair that is there most often, of equals the smallest; if only once, stop
         let a new id stand for it in all words
 
-    To count all pairs each time would be slow. But the count of a pair never rises, so an old count
-    is an upper bound. The pair with the highest bound is counted again. If its count equals the
-    bound it is the most frequent pair. If not, it goes back into the queue with its new count."""
+    To count all pairs each time would be slow. But counts never rise, for a merge only makes pairs
+    with the new id: an old count is an upper bound. The pair with the highest bound is counted
+    again. If the bound is right, no pair has more; else it goes back into the queue."""
     unmerged = Tokenizer([])
     uses = Counter()  # word, in which chr(id) stands for an id -> how often it is there
     where = defaultdict(set)  # pair -> words that have it, and some that are no longer in uses
@@ -206,7 +205,7 @@ def read_lines(path):
             raise InputError(f"{name}:{number}: damaged ({e})") from None
 
 def plain(text):
-    """Line ends as "\\n" and a form feed as a blank line, as a text file and as JSON have them."""
+    """Line ends become "\\n", and a form feed a blank line."""
     return re.sub("\r\n?", "\n", text).replace("\f", "\n\n")
 
 # ---------------------------------------------------------------- JSON in the layouts people have
@@ -217,9 +216,10 @@ JSON_BEGINS = re.compile(r'\s*(\{\s*("|$)|\[\s*(\[?\s*\{|"|$))')  # and hardly a
 # But a list of messages, which have a role and a content, is one record, and so is one with "text":
 #     [{"role": "user", "content": "a"}, ...     {"text": "a", "data": [{...
 LIST_BEGINS = re.compile(r"""\s*
-    (\{ (?![^]{}[]*"text") [^]{}[]* "data"\s*:\s* (?=\[\s*\[?\s*\{) )?
-    \[ (?=\s* (\[?\s*\{ | ") )
-    (?!\s* \{ (?=[^{}]*"(role|from)"\s*:) (?=[^{}]*"(content|value)"\s*:) )
+    (\{ (?![^]{}[]*"text") [^]{}[]* "data"\s*:\s* (?=\[\s*\[?\s*\{) )?  # perhaps {... "data":
+    \[ (?=\s* (\[?\s*\{ | ") )                      # a list of [{ or { or "
+    (?!\s* \{ (?=[^{}]*"(role|from)"\s*:)           # but not if the first of it has a role
+              (?=[^{}]*"(content|value)"\s*:) )     # and a content
     \s*""", re.X)
 # What stands between two records. A comma before "]" is one too many, so it counts as broken.
 BETWEEN = re.compile(r"[\s\]}]*(,(?!\s*\])[\s\]}]*)*")
@@ -269,7 +269,7 @@ def records_in(text, source):
         except (ValueError, RecursionError):
             count("part(s) that are not JSON", place)
             end = at + 1
-            # From here on, for what follows may be parts of the broken one.
+            # From now on, for all that follows may be parts of the broken one.
             to_next = (NEXT_TEXT if item == '"' else NEXT_RECORD).search
         else:
             yield record, place
@@ -289,7 +289,7 @@ def files_of(folder):
             count("file(s) or links that are no text by their name; give one to have it read", path)
 
 def files_in(paths):
-    """Files and folders -> text files, each once, though it is linked or lies there packed too."""
+    """Files and folders -> text files, each once, even if a link or a packed copy is there too."""
     found = {}
     for path in paths:
         for file in map(str, files_of(Path(path)) if os.path.isdir(path) else [path]):
@@ -521,7 +521,7 @@ def run(main, argv=None):
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "r+")  # it may have been closed
         setattr(sys, name, stream)
-        with suppress(AttributeError, OSError):  # a notebook's cannot, one half read
+        with suppress(AttributeError, OSError):  # a notebook's has no such thing, or it is too late
             stream.reconfigure(errors="replace")
     left_out.clear()
     try:

@@ -39,7 +39,7 @@ class Example:
     """What is learned from, or what a test asks: a dialogue, or two that are a preference."""
     dialogues: list  # [the one to imitate] or [chosen, rejected]
     source: str  # "file:line"
-    set: str = "all"  # its line in the table of a test
+    set: str = "all"  # of a test, whose table has a line for each set
 
     @property
     def chosen(self):
@@ -137,8 +137,8 @@ def dialogue_of(turns, source):
     return dialogue
 
 # Kinds of records: for each dialogue that one gives, the fields in which its answer is looked for.
-IMITATION = [ANSWER_FIELDS]
-PREFERENCE = [["chosen"], ["rejected"]]
+IMITATION = [ANSWER_FIELDS]  # one dialogue
+PREFERENCE = [["chosen"], ["rejected"]]  # two dialogues
 
 def example_of(record, kind, source):
     """A record -> an example. Of a preference only the last message is trained."""
@@ -184,7 +184,7 @@ A_WORD = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have space
 
 def as_read(question, words):
     """What somebody types, as the model is given it: not all in capitals; and a word that training
-    never had becomes the most frequent word that is one slip of the finger away:
+    never had becomes a frequent word that is one slip of the finger away, if there is one:
 
     >>> words = {"language": 99, "peru": 50}
     >>> as_read("WHICH LANUGAGE HAS PEERU?", words), as_read("NASA?", words)
@@ -200,7 +200,7 @@ def as_read(question, words):
         # for rounding errors. In words of 4 and 5 letters a wrong letter is no slip ("York" is not
         # read as "work", 0.75), but one too many or too few is ("peeru" as "Peru", 0.89).
         alike = max(0.83, 1 - 1.01 / len(typed))
-        near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)
+        near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)  # at most three
         word = max(near, key=words.get, default=typed)
         return word.capitalize() if typed.istitle() else word
 
@@ -280,13 +280,13 @@ def show(rows, tokenizer):
     for x, y, w in rows:
         n = len(np.trim_zeros(x))  # without the padding
         text = SPECIAL[USER]  # the first x; the others are targets too
-        for trained, places in groupby(range(n), w.item):
+        for trained, places in groupby(range(n), lambda i: w[i]):
             part = tokenizer.decode(y[i] for i in places)
             text += f"[{part}]" if trained else part
         say(printable(text))
 
 # ---------------------------------------------------------------- answers and their marks
-CORRECTED = "corrected by you"  # a set
+CORRECTED = "corrected by you"  # the set of corrections in a test
 
 def answer_all(params, cfg, tokenizer, words, examples):
     """What a model answers to the last question of each, 64 at a time -> [text]."""
@@ -382,12 +382,12 @@ def enough_of(corrections, n_others):
         examples.append(example)
     return examples
 
-N_KEPT = 2350  # of old answers, which fit into a minute
+N_KEPT = 2350  # of old answers: the 200 steps of DPO go through them once and a bit
 
 def unchanging(examples):
     """Examples whose answers are to stay as they are -> preferences. In the rejected dialogue no
-    token is trained, so its log-probability counts as 0 before and after. The loss then rises when
-    the chosen one becomes less probable."""
+    token is trained, so its log-probability counts as 0 before and after. What is left of the loss
+    is -log sigmoid(beta gain of the chosen): it rises when that becomes less probable."""
     preferences = []
     for example in examples[:N_KEPT]:
         nothing = [message._replace(trained=False) for message in example.chosen]
@@ -414,6 +414,15 @@ def old_answers(cfg, about, tokenizer, pairs):
     examples = [replace(example, set="yours, not learned now") for example in shuffled]
     n_test = min(len(examples) // 10, 100)
     return examples[n_test:], examples[:n_test]
+
+def learn_answers(cfg, pairs, test):
+    """What is learned by imitation -> (examples, test): the user's, or the built-in ones."""
+    if pairs:
+        return pairs, test
+    examples, built_in_test = built_in(cfg)
+    if not examples:
+        raise InputError(f"no {cfg.data_dir}/qa.jsonl: name a file of questions and answers")
+    return examples, test or built_in_test
 
 def learn_preferences(cfg, pairs, preferences, feedback, test):
     """What DPO learns from -> (examples, test, the parameters before).
@@ -493,10 +502,9 @@ def text_to_replay(cfg, about):
     return []
 
 def with_fixed_rows(loss, text_ids, cfg):
-    """-> objective(params, batch, key): the loss, but without a gradient for the embedding of each
-    token that is in the text. Otherwise names that are asked about would move and those of B, which
-    never are, would not, and what the model has learned of the first would not hold for the others.
-    """
+    """-> objective(params, batch, key): the loss, but the embedding of a token that is in the text
+    gets no gradient. Otherwise the names that are asked about would move, and those of B, which are
+    never asked, would stay where they are: what is learned about the first would not fit them."""
     frozen = np.isin(np.arange(cfg.vocab_size), text_ids)
 
     @jax.jit
@@ -537,7 +545,7 @@ def fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before=Non
     """Train on examples, in their order, and on the text -> the parameters after it. before: the
     parameters before DPO; without them it is trained by imitation."""
     rows, held_out = divided(examples, tokenizer, cfg)
-    # Of the rows and of the model that DPO compares with: on --resume both must be the same.
+    # On --resume the rows must be the same, and so must the model that DPO compares with.
     weights = before["blocks"][0]["attn"]["wqkv"] if before else b""
     checksum = zlib.crc32(rows, zlib.crc32(held_out, zlib.crc32(weights)))
     # A fifth of each batch is pretraining text, so that it is not forgotten (arXiv 2503.21676).
@@ -579,40 +587,31 @@ def fine_tune(cfg, state, about, tokenizer, examples, text_ids, path, before=Non
 # With --dpo these are the defaults.
 DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24, "weight_decay": 0.0}
 
-def with_defaults(cfg, given, path):
-    """cfg with what is not typed: on --resume the settings of the stopped run at path, with --dpo
-    the defaults for it."""
-    if cfg.resume:
-        if not cfg.dpo:  # "--dpo --resume" does not repeat the file, which the checkpoint knows
-            given = given - {"dpo"}
-        return gpt.inherit(cfg, given, gpt.load_checkpoint(path)[1], path)
-    if cfg.dpo is not None:
-        return replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
-    return cfg
+def resume(cfg, given, path):
+    """Go on with the stopped run at path -> (its settings, state, about, tokenizer)."""
+    state, about, _, tokenizer = gpt.load_checkpoint(path, to_resume=True)
+    if not cfg.dpo:  # a bare --dpo only says which run it is; the file is known
+        given = given - {"dpo"}
+    return gpt.inherit(cfg, given, about, path), state, about, tokenizer
 
-def begin(cfg, given, path, default_start):
-    """-> (settings, state, about, tokenizer), of the stopped run at path or, for a new one, from
-    --init or the file in out_dir that it starts from by default."""
-    if cfg.resume:
-        state, about, _, tokenizer = gpt.load_checkpoint(path, to_resume=True)
-        return cfg, state, about, tokenizer
-    start = cfg.init or Path(cfg.out_dir, default_start)
+def begin(cfg, given, start):
+    """Begin with the model in the checkpoint start -> (settings, state, about, tokenizer)."""
     # Several processes would each make it.
     if jax.process_count() == 1 and not given & {"init", "data_dir", "out_dir"}:
         make_if_missing(start)
     state, about, tokenizer = load_start(start, cfg)
-    cfg = gpt.inherit(replace(cfg, init=str(start)), given, about, start)
-    return cfg, state, about, tokenizer
+    cfg = replace(cfg, init=str(start))
+    return gpt.inherit(cfg, given, about, start), state, about, tokenizer
 
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     by_dpo = cfg.dpo is not None
     path = Path(cfg.out_dir, "dpo.npz" if by_dpo else "chat.npz")
-    # What is not typed: on --resume as the stopped run had it, else the defaults; the model's sizes
-    # always as in the checkpoint, see begin().
-    cfg = with_defaults(cfg, given, path)
-
     gpt.join(cfg)
+    if cfg.resume:
+        cfg, state, about, tokenizer = resume(cfg, given, path)
+    elif by_dpo:
+        cfg = replace(cfg, **{name: DPO[name] for name in DPO.keys() - given})
     # Read now, so that a missing file is found before a base is trained.
     pairs = read_examples(cfg.pairs)
     test = read_examples(cfg.eval)
@@ -622,8 +621,10 @@ def main(argv):
         raise InputError(f"no {feedback}: /better in the chat writes it; or name preferences")
 
     only_test = test and not (pairs or by_dpo or cfg.resume)
-    default_start = "chat.npz" if by_dpo or only_test else "base.npz"
-    cfg, state, about, tokenizer = begin(cfg, given, path, default_start)
+    if not cfg.resume:
+        default_start = "chat.npz" if by_dpo or only_test else "base.npz"
+        start = cfg.init or Path(cfg.out_dir, default_start)
+        cfg, state, about, tokenizer = begin(cfg, given, start)
     gpt.check_device(cfg.dropout)
     if only_test:
         return examine([state["params"]], cfg, about, tokenizer, test)
@@ -633,10 +634,7 @@ def main(argv):
             raise InputError(f"--init {path}: would be overwritten, but DPO compares with it")
         examples, test, before = learn_preferences(cfg, pairs, preferences, feedback, test)
     else:
-        examples, others = (pairs, []) if pairs else built_in(cfg)
-        test = test or others
-    if not examples:
-        raise InputError(f"no {cfg.data_dir}/qa.jsonl: name a file of questions and answers")
+        examples, test = learn_answers(cfg, pairs, test)
     text_ids = text_to_replay(cfg, about)
     if not cfg.resume:
         learn_words(about, tokenizer, text_ids, examples)

@@ -1,5 +1,6 @@
 """Why the code is right: its second explanation. The model once more in plain NumPy, its backward
 pass by hand; then what must hold for step, generation, tokenizer, masks, files, and the programs.
+What teaches most ends with the DPO loss; behind it files and programs are tried.
 
     python -m pytest -q              # on a Mac this runs every check on the Apple GPU
     python -m pytest -q -k twin      # the tests whose name holds this word
@@ -13,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
 
+# Of two such flags the last one counts, so gpt.py does not change this.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import chat, gpt, prepare, sft
@@ -218,7 +220,8 @@ def test_each_place_of_dropout_has_a_number_of_its_own(monkeypatch):
     gpt.forward(PARAMS, X, CFG)
     assert len({*numbers}) == len(numbers) == 1 + 2 * L
 
-@parametrize("length, begins", [  # its first token: END, or one that is 4 or more places after it
+# A token is as many places after END as it says. A row begins with END, or 4 or more after it.
+@parametrize("length, begins", [
     param(5, {END, 4}, id="documents that fit a row of 8"),
     param(12, {END, *range(4, 12)}, id="documents longer than a row"),
 ])
@@ -717,9 +720,10 @@ def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays
     assert len(replayed) > 9  # the text is short
     n_rows = rows.index(rows[0], 1)  # then they begin anew, in the same order
     assert rows[n_rows:2 * n_rows] == rows[:n_rows]
-    often = Counter(len(run) for row in rows[:n_rows] for run in re.findall(b"\1+", row))
+    answers = re.compile(b"\1+")  # where w is 1
+    often = Counter(len(answer) for row in rows[:n_rows] for answer in answers.findall(row))
     assert len(often) == 19  # one of 20 is held out
-    assert 3 in often  # and not simply the first
+    assert 3 in often  # the first one is not, for chance decides
     assert len({*often.values()}) == 1  # all were used equally often
     assert often.total() > 4 * n_rows and len({*rows[:n_rows]}) > 200
 
@@ -892,7 +896,8 @@ def test_a_save_that_fails_is_tried_again_and_at_first_there_must_be_room(made, 
     with monkeypatch.context() as patch:
         patch.setattr(gpt.shutil, "disk_usage", lambda folder: Mock(free=150_000))
         assert "base.npz: the disk has no room for two more of it" in outcome(train)
-    # The first save, then after each of the three steps the best one and the last one.
+    # The first one; best and last after step 1; the best after step 2 fails, and the last is not
+    # tried then; best and last after step 3.
     fourth_fails = [DEFAULT] * 3 + [full] + [DEFAULT] * 2
     save = Mock(wraps=gpt.save_checkpoint, side_effect=fourth_fails)
     monkeypatch.setattr(gpt, "save_checkpoint", save)
@@ -1021,7 +1026,8 @@ def not_for_metal(text):
 @parametrize("platforms", [("METAL",), ("cuda", "tpu")])
 def test_all_that_is_compiled_lowers_everywhere_and_is_what_metal_can_do(
         made, platforms, monkeypatch):
-    """Nothing is compiled or computed here: all results are ones."""
+    """Nothing is compiled or computed here: trace() only follows what happens to the shapes,
+    lower() gives the program as text, and all results are ones."""
     real_jit = jax.jit
     texts = set()  # as XLA is given it
     def jit(f, **options):

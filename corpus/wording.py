@@ -3,7 +3,7 @@ chance. A row has what it is about (a capital, a topic, any thing), its use and 
 
     about    use                wording
     capital  statement          The capital of {x} is {v}.    the first is the answer, too
-    any      statement          I read a book about {x}.      tells nothing
+    any      statement          I read a book about {x}.      tells nothing about it
     any      not known          {noun} is not known.
     capital  question           Where is the government of {x}?
     any      question           Say {noun}.
@@ -39,8 +39,8 @@ def wording(use, a="any"):
 
         Say {noun}.  ->  Say the {name} of {x}.  ->  Say the capital of {x}.
 
-    Some topics, such as jokes, have no row "name". What is worded by names then makes no sense of
-    them, so they only have rows of their own, and these are questions, whatever the use."""
+    A topic without a row "name", such as jokes, cannot take rows about any thing, for these need
+    its name. If it has no rows for this use (say "new question"), its rows "question" serve."""
     if WORDINGS[a, "name"]:
         sources = [WORDINGS[a, use], WORDINGS["any", use]]
     else:
@@ -68,8 +68,8 @@ def careless(text):
     return text.lower() if chance(0.3) else text
 
 def slips_in(text):
-    """A text with one slip of the finger in a longer word, in all ways there are: two letters
-    swapped, one left out or doubled.
+    """A text with one slip of the finger in one of its longer words, in all ways there are: two
+    letters swapped or, but for the last letter of a word, one left out or doubled.
 
     >>> list(slips_in("a tree"))
     ['a rtee', 'a ree', 'a ttree', 'a tere', 'a tee', 'a trree', 'a tre', 'a treee']

@@ -15,15 +15,16 @@ KINDS = {
 ATTRIBUTES = KINDS["place"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
 # What may be asked is kept in pools: {name: [(x, a), ...]}. These are the names, and how often
-# training asks from each pool: 27 of 52 times from A.
+# training asks from each pool: 27 of 52 times from A. U is what nobody told. Its pools are named by
+# what holds in the test: a name is mentioned in the text, or nowhere. If training asks about it, a
+# document also says that something of it is not known.
 SHARES = {
     "A": 27,  # told: the capital of Peru
     "small talk": 2,  # Hello
-    # U is what nobody told:
-    "U, mentioned": 1,  # the capital of Bavaria, which documents name, but tell no fact about
-    "U, nowhere, real": 3.5,  # the capital of Texas; in training one document says: not known
-    "U, nowhere, made up": 1.5,  # the capital of Tovania; of others documents say: not known
-    "U, cannot have": 3.5,  # the capital of gold
+    "U, mentioned": 1,  # the capital of Bavaria, which documents name and tell nothing about
+    "U, nowhere, real": 3.5,  # the capital of Texas
+    "U, nowhere, made up": 1.5,  # the capital of Tovania; documents tell of other made-up names
+    "U, cannot have": 3.5,  # the capital of gold, which documents say is not known
     "U, other matters": 13.5,  # the king of Peru; Who wrote Hamlet?
 }
 
@@ -53,8 +54,8 @@ TOPICS = sorted({row["about"] for row in read_csv("topics.csv")})
 ONSETS = "b c d f g h j k l m n p r s t v w z br ch dr gr pl qu st th tr".split() + [""]
 
 def made_up(kind):
-    """A name that is nobody's, of syllables: "Tovania", "melodium". Names much closer to known ones
-    would teach it to doubt B too."""
+    """A name that is nobody's, of syllables: "Tovania", "melodium". Names closer to known ones than
+    these would teach it to doubt B, too."""
     while True:
         syllables = [ONSETS, "aeiou", ["", "", "", "l", "n", "r"]] * rng.randint(2, 3)
         name = "".join(map(rng.choice, [*syllables, WORDINGS[kind, "ending"]]))
@@ -135,7 +136,7 @@ def tell_known(subjects, group, pools):
     into the pools; so in tell_unknown."""
     for x, facts in subjects.items():
         yield from tell(x, facts, 18 + 3 * len(facts))
-        yield from tell(x, ATTRIBUTES, 3)
+        yield from tell(x, ATTRIBUTES, 3)  # what it cannot have is told as not known
         for a in ATTRIBUTES:
             if a in facts:
                 # Capitals and elements have one fact or two. These count double, so that each
@@ -197,7 +198,7 @@ def examination(pools):
     200; and of what is told 200 in each way that people type in haste."""
     for name, pool in pools.items():
         for use, kind in ("question", "seen wording"), ("new question", "new wording"):
-            if name in "AB":
+            if name in ("A", "B"):
                 yield from examined(f"{name}, {kind}", pool, 300, ask, use)
             else:
                 yield from examined(name, pool, 100, ask, use)
