@@ -635,120 +635,6 @@ def inherit(cfg, given, about, path):
     return replace(cfg, **{name: saved[name] for name in decided})
 
 # ---------------------------------------------------------------- training loop
-def log_of(path):
-    """out/base.npz -> out/log.csv, out/chat.npz -> out/log_chat.csv"""
-    return path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
-
-def steps_in_time(cfg, done, ticks):
-    """cfg with as many steps as --minutes have room for at the pace so far. It is called after each
-    step but the first two. ticks: when the run was started and when each step ended, in seconds.
-    Here a step takes one second and 10 seconds are left, so there will be 10 more:
-
-    >>> steps_in_time(Config(minutes=1), 4, [-46, 1, 2, 3, 4]).max_steps
-    14
-    """
-    began, first, *_, now = ticks
-    timed = len(ticks) - 2  # steps, but not the first, in which all was compiled
-    pace = max(1e-9, (now - first) / timed)  # seconds a step
-    left = began + 60 * cfg.minutes - now
-    steps = done + max(0, int(left / pace))
-    steps = int(in_all_processes(steps).min())  # all processes end together
-    if len(ticks) == 4:  # the first call
-        show_progress(f"{cfg.minutes:g} minutes are enough for about {steps} steps", last=True)
-    return replace(cfg, max_steps=steps)
-
-def add_rows(path, mode, rows):
-    """Add rows ("a") to the log of a checkpoint or begin it anew with them ("w")."""
-    with open(log_of(path) if writes() else os.devnull, mode) as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)  # None as nothing
-
-def check_room(path):
-    """Fail now if the disk has no room for two more checkpoints: the best one and the next one."""
-    if shutil.disk_usage(path.parent).free < 2 * path.stat().st_size:
-        raise InputError(f"{path}: the disk has no room for two more of it")
-
-def begin_files(cfg, path, state, about):
-    """Save at once, so that a full disk is noticed now, and write the log so far. What the run
-    before left is kept as *.prev.*"""
-    best_path = path.with_suffix(".best.npz")
-    if writes() and not cfg.resume:
-        for left in (path, best_path, log_of(path)):
-            keep_previous(left)
-        best_path.unlink(missing_ok=True)
-    save(cfg, path, state, about, about["best"], must_succeed=True)
-    if writes():
-        check_room(path)
-    add_rows(path, "w", [Row._fields, *about["log"]])
-
-def lower(best, new):
-    """Of two [step, nats, bits a byte] the one with the lower loss, if there is one."""
-    return min(best, new, key=lambda validation: validation[1] or math.inf)
-
-def save(cfg, path, state, about, best, must_succeed=False):
-    """Save a checkpoint -> the state, collected from all devices and processes. best: the lowest
-    validation so far. If it is a new one, not about["best"], the checkpoint is saved as *.best.npz,
-    too. A failure is an error if the save must succeed, else one line tells of it."""
-    about["config"] = asdict(replace(cfg, minutes=0.0))  # the minutes have become max_steps
-    state = process_allgather(state, tiled=True)
-    try:
-        if writes():
-            if best != about["best"]:
-                # Before the other: if it is killed in between, --resume makes the best once more.
-                save_checkpoint(path.with_suffix(".best.npz"), state, about | {"best": best})
-            save_checkpoint(path, state, about | {"best": best})
-        about["best"] = best  # only now is it on the disk
-    except OSError as e:
-        if must_succeed:
-            raise
-        say(f"{path}: not saved ({e.strerror}); the next validation tries again")
-    return state
-
-def speed_of(ticks, cfg):
-    """Tokens a second, as the last steps tell."""
-    last = ticks[-cfg.log_every - 1:]
-    seconds = max(1e-9, np.median(np.diff(last)))
-    return round(tokens_a_step(cfg) / seconds)
-
-def write_row(cfg, about, path, stays):
-    """The last row of the log onto the screen, and into the file if that is possible."""
-    row = about["log"][-1]
-    with suppress(OSError):
-        add_rows(path, "a", [row])
-    left = clock((cfg.max_steps - row.step) * tokens_a_step(cfg) / row.tokens_per_second)
-    validation = f"validation {row.val_loss:.3f}  " if row.val_loss else ""
-    show_progress(f"step {row.step}/{cfg.max_steps}  loss {row.train_loss:.3f}  {validation}"
-                  f"{row.tokens_per_second} tokens/s  {left} left", last=stays)
-
-def of_run_before(path):
-    """What is added of the run before, if it validated: "; of the run before 1.621 (...)"."""
-    log_path = log_of(path).with_suffix(".prev.csv")
-    with suppress(OSError, ValueError, KeyError), open(log_path) as file:
-        losses = [row["val_loss"] for row in csv.DictReader(file)]
-        return f"; of the run before {min(map(float, filter(None, losses))):.3f} ({log_path})"
-    return ""
-
-def conclude(cfg, about, path):
-    """Tell what a run was started with and its lowest validation; both stay in runs.jsonl."""
-    usual = asdict(type(cfg)())
-    settings = {name: value for name, value in asdict(cfg).items() if value != usual[name]}
-    step, nats, bits = about["best"]
-    result = {"checkpoint": path.name, "steps": about["step"], "settings": settings,
-              "best_step": step, "val_loss": nats, "val_bits_per_byte": bits}
-    runs = path.with_name("runs.jsonl")
-    with suppress(OSError), open(runs if writes() else os.devnull, "a") as file:
-        print(json.dumps(result), file=file)
-    say(f"settings, also in {runs}: {settings}")
-    if step:
-        bits = f" ({bits:.3f} bits a byte)" if bits else ""
-        say(f"lowest validation {nats:.3f}{bits} at step {step}, kept as"
-            f" {path.with_suffix('.best.npz')}{of_run_before(path)}")
-    if about["step"] < cfg.max_steps:
-        say(f"interrupted at step {about['step']}, saved in {path}; go on with: python"
-            f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
-    else:
-        _, losses, *_ = zip(*about["log"])
-        draw(losses)
-
 def train(cfg, state, about, objective, batch_at, validate, path):
     """Train from about["step"] to cfg.max_steps -> state. Pretraining, fine-tuning and DPO differ
     in objective(params, batch, key), batch_at(number), a micro-batch, and validate(params) ->
@@ -774,8 +660,8 @@ def train(cfg, state, about, objective, batch_at, validate, path):
         last = False
         while not last:
             rate = learning_rate(done, cfg)
-            state, value = step(state, done, rate)
-            value = float(value)  # waits for the device
+            state, train_loss = step(state, done, rate)
+            train_loss = float(train_loss)  # waits for the device
             done += 1
             ticks.append(time.perf_counter())
             about.update(step=done, seconds=ticks[-1] - since)
@@ -784,11 +670,12 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
             stopped = in_all_processes(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps
-            last = finished or stopped or not math.isfinite(value)  # NaN: saving raises an error
+            last = finished or stopped or not math.isfinite(train_loss)  # NaN: save() raises
             due = cfg.eval_every and (finished or done % cfg.eval_every == 0)
             nats, bits = validate(state["params"]) if due else (None, None)
             if last or due or done == 1 or done % cfg.log_every == 0:
-                row = Row(done, value, nats, bits, rate, speed_of(ticks, cfg), about["seconds"])
+                speed = speed_of(ticks, cfg)
+                row = Row(done, train_loss, nats, bits, rate, speed, about["seconds"])
                 about["log"].append(row)
                 write_row(cfg, about, path, stays=last or due)
             if last or due:
@@ -798,6 +685,122 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     if not finished:
         sys.exit(130)  # interrupted
     return saved
+
+# ---------------------------------------------------------------- what train() calls, in turn
+def begin_files(cfg, path, state, about):
+    """Save at once, so that a full disk is noticed now, and write the log so far. What the run
+    before left is kept as *.prev.*"""
+    best_path = path.with_suffix(".best.npz")
+    if writes() and not cfg.resume:
+        for left in (path, best_path, log_of(path)):
+            keep_previous(left)
+        best_path.unlink(missing_ok=True)
+    save(cfg, path, state, about, about["best"], must_succeed=True)
+    if writes():
+        check_room(path)
+    add_rows(path, "w", [Row._fields, *about["log"]])
+
+def check_room(path):
+    """Fail now if the disk has no room for two more checkpoints: the best one and the next one."""
+    if shutil.disk_usage(path.parent).free < 2 * path.stat().st_size:
+        raise InputError(f"{path}: the disk has no room for two more of it")
+
+def log_of(path):
+    """out/base.npz -> out/log.csv, out/chat.npz -> out/log_chat.csv"""
+    return path.with_name("log.csv" if path.stem == "base" else f"log_{path.stem}.csv")
+
+def add_rows(path, mode, rows):
+    """Add rows ("a") to the log of a checkpoint or begin it anew with them ("w")."""
+    with open(log_of(path) if writes() else os.devnull, mode) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)  # None as nothing
+
+def steps_in_time(cfg, done, ticks):
+    """cfg with as many steps as --minutes have room for at the pace so far. It is called after each
+    step but the first two. ticks: when the run was started and when each step ended, in seconds.
+    Here a step takes one second and 10 seconds are left, so there will be 10 more:
+
+    >>> steps_in_time(Config(minutes=1), 4, [-46, 1, 2, 3, 4]).max_steps
+    14
+    """
+    began, first, *_, now = ticks
+    timed = len(ticks) - 2  # steps, but not the first, in which all was compiled
+    pace = max(1e-9, (now - first) / timed)  # seconds a step
+    left = began + 60 * cfg.minutes - now
+    steps = done + max(0, int(left / pace))
+    steps = int(in_all_processes(steps).min())  # all processes end together
+    if len(ticks) == 4:  # the first call
+        show_progress(f"{cfg.minutes:g} minutes are enough for about {steps} steps", last=True)
+    return replace(cfg, max_steps=steps)
+
+def speed_of(ticks, cfg):
+    """Tokens a second, as the last steps tell."""
+    last = ticks[-cfg.log_every - 1:]
+    seconds = max(1e-9, np.median(np.diff(last)))
+    return round(tokens_a_step(cfg) / seconds)
+
+def write_row(cfg, about, path, stays):
+    """The last row of the log onto the screen, and into the file if that is possible."""
+    row = about["log"][-1]
+    with suppress(OSError):
+        add_rows(path, "a", [row])
+    left = clock((cfg.max_steps - row.step) * tokens_a_step(cfg) / row.tokens_per_second)
+    validation = f"validation {row.val_loss:.3f}  " if row.val_loss else ""
+    show_progress(f"step {row.step}/{cfg.max_steps}  loss {row.train_loss:.3f}  {validation}"
+                  f"{row.tokens_per_second} tokens/s  {left} left", last=stays)
+
+def lower(best, new):
+    """Of two [step, nats, bits a byte] the one with the lower loss, if there is one."""
+    return min(best, new, key=lambda validation: validation[1] or math.inf)
+
+def save(cfg, path, state, about, best, must_succeed=False):
+    """Save a checkpoint -> the state, collected from all devices and processes. best: the lowest
+    validation so far, with this one; about["best"] is that of the file on the disk. If they differ
+    this checkpoint is the new best, so it is saved as *.best.npz, too. A failure is an error if the
+    save must succeed, else one line tells of it."""
+    about["config"] = asdict(replace(cfg, minutes=0.0))  # the minutes have become max_steps
+    state = process_allgather(state, tiled=True)
+    try:
+        if writes():
+            if best != about["best"]:
+                # Before the other: if it is killed in between, --resume makes the best once more.
+                save_checkpoint(path.with_suffix(".best.npz"), state, about | {"best": best})
+            save_checkpoint(path, state, about | {"best": best})
+        about["best"] = best  # only now is it on the disk
+    except OSError as e:
+        if must_succeed:
+            raise
+        say(f"{path}: not saved ({e.strerror}); the next validation tries again")
+    return state
+
+def conclude(cfg, about, path):
+    """Tell what a run was started with and its lowest validation; both stay in runs.jsonl."""
+    usual = asdict(type(cfg)())
+    settings = {name: value for name, value in asdict(cfg).items() if value != usual[name]}
+    step, nats, bits = about["best"]
+    result = {"checkpoint": path.name, "steps": about["step"], "settings": settings,
+              "best_step": step, "val_loss": nats, "val_bits_per_byte": bits}
+    runs = path.with_name("runs.jsonl")
+    with suppress(OSError), open(runs if writes() else os.devnull, "a") as file:
+        print(json.dumps(result), file=file)
+    say(f"settings, also in {runs}: {settings}")
+    if step:
+        bits = f" ({bits:.3f} bits a byte)" if bits else ""
+        say(f"lowest validation {nats:.3f}{bits} at step {step}, kept as"
+            f" {path.with_suffix('.best.npz')}{of_run_before(path)}")
+    if about["step"] < cfg.max_steps:
+        say(f"interrupted at step {about['step']}, saved in {path}; go on with: python"
+            f" {SCRIPTS[path.stem]} --resume --out_dir {cfg.out_dir}")
+    else:
+        _, losses, *_ = zip(*about["log"])
+        draw(losses)
+
+def of_run_before(path):
+    """What is added of the run before, if it validated: "; of the run before 1.621 (...)"."""
+    log_path = log_of(path).with_suffix(".prev.csv")
+    with suppress(OSError, ValueError, KeyError), open(log_path) as file:
+        losses = [row["val_loss"] for row in csv.DictReader(file)]
+        return f"; of the run before {min(map(float, filter(None, losses))):.3f} ({log_path})"
+    return ""
 
 # ---------------------------------------------------------------- several hosts, Apple's GPU: skip
 def join(cfg):

@@ -269,7 +269,8 @@ def records_in(text, source):
         except (ValueError, RecursionError):
             count("part(s) that are not JSON", place)
             end = at + 1
-            # From now on, for all that follows may be parts of the broken one.
+            # As long as all is well only separators lie between two records. From now on anything
+            # may, for what follows may be parts of the broken one.
             to_next = (NEXT_TEXT if item == '"' else NEXT_RECORD).search
         else:
             yield record, place

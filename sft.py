@@ -46,9 +46,9 @@ class Example:
         return self.dialogues[0]
 
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # by their other names
-# Where the parts of a dialogue are looked for. A field for answers may also hold the whole dialogue
-# ("messages"); then those for questions are not looked at. In LLaMA-Factory's preferences
-# "conversations" is only what was said before, so it is in both lists.
+# Where the parts of a dialogue are looked for. If a field for answers holds the whole dialogue, those
+# for questions are not looked at. "conversations" is in both lists:
+#     {"conversations": [question, answer]}     {"conversations": [question], "chosen": answer, ...}
 SYSTEM_FIELDS = ["system", "system_prompt"]
 QUESTION_FIELDS = ["history", "conversations", "prompt", "instruction", "question", "input",
                    "context"]
@@ -69,7 +69,7 @@ def text_of(content):
 
 def message_of(turn):
     """OpenAI's {"role", "content"} or ShareGPT's {"from", "value"} as a message. An answer of
-    "weight" 0 is not trained, and what calls a tool is none."""
+    "weight" 0 is not trained. A turn that calls a tool has the role "tool"."""
     role = turn.get("role", turn.get("from"))
     if turn.get("tool_calls"):
         role = "tool"
@@ -197,8 +197,8 @@ def as_read(question, words):
             return typed
         frequent = [word for word, n in words.items() if n >= 20]
         # difflib's ratio of two words of n letters that differ by one slip is 1 - 1/n; 1.01 allows
-        # for rounding errors. In words of 4 and 5 letters a wrong letter is no slip ("York" is not
-        # read as "work", 0.75), but one too many or too few is ("peeru" as "Peru", 0.89).
+        # for rounding errors. Words of 4 and 5 letters need more, which one letter too many or too
+        # few leaves ("peeru" is read as "Peru", 0.89), but no other slip ("York" as "work", 0.75).
         alike = max(0.83, 1 - 1.01 / len(typed))
         near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)  # at most three
         word = max(near, key=words.get, default=typed)
@@ -526,7 +526,7 @@ def learn_words(about, tokenizer, text_ids, examples):
     for start in range(0, len(text_ids), step):
         texts.append(tokenizer.decode(text_ids[start:start + 1024].tolist()))
     words = Counter(map(str.lower, re.findall(A_WORD, "\n".join(texts))))
-    noted = about.get("words", {})  # by an earlier fine-tuning
+    noted = about.get("words", {})  # by an earlier fine-tuning: those are not counted again
     about["words"] = {**words, **noted}
 
 def divided(examples, tokenizer, cfg):

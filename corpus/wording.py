@@ -12,7 +12,7 @@ chance. A row has what it is about (a capital, a topic, any thing), its use and 
     capital  follow-up          What city is its capital?
     any      follow-up subject  And {x}?
     any      prefix, suffix     Quick question:               words around a question
-    thanks   reply              You are welcome.              the answer to small talk
+    hello    reply              Good day.                     the answer to small talk
     place    ending             land                          of made-up names
 
 Uses that begin with "new" ("new question", "new noun", "new prefix") and "two words" are kept for

@@ -78,25 +78,32 @@ def answer(x, a):
         return fill(WORDINGS[a, "statement"][0], x, v)
     return (WORDINGS[a, "reply"] or [DONT_KNOW])[0]
 
-def reworded(question, statement):
-    """The question or, half the time, another one that the statement answers: "The capital of Togo
-    is Lomé." also answers "Which city runs Togo?". If the statement is not worded as the corpus
-    words it, always the question."""
-    may_tell = {}  # x -> a, if the statement may tell the a of x
+def told_by(statement):
+    """-> (x, a), if a statement is worded as in the corpus and tells the a of x; else None.
+
+    >>> told_by("The capital of Qo is Zed."), told_by("On the map, Peru is in South America.")
+    (('Qo', 'capital'), ('Peru', 'continent'))
+    """
+    told = {}
     for a in ATTRIBUTES:
         values = {facts.get(a) for facts in FACTS.values()}
         for template in WORDINGS[a, "statement"]:
             # A pattern such as "The capital of (?P<x>.+) is (?P<v>.+)."
             found = re.fullmatch(fill(template, "(?P<x>.+)", "(?P<v>.+)"), statement)
-            # "Paris is in France." is worded like "{x} is in {v}.", which tells continents; but
-            # France is no value of these. A template with the attribute's name in it ("The capital
-            # of {x} is {v}.") tells nothing else.
+            # A template without the attribute's name fits other sentences, too: "{x} is in {v}.",
+            # of continents, fits "Paris is in France." There v must be a value of the attribute.
             if found and (a in template or found["v"] in values):
-                may_tell[found["x"]] = a
-    if not may_tell or chance(0.5):
+                told[found["x"]] = a
+    x = min(told, key=len, default=None)  # of "On the map, Peru" and "Peru"
+    return (x, told[x]) if told else None
+
+def reworded(question, statement):
+    """The question or, half the time, another one that the statement answers: "The capital of Togo
+    is Lomé." also answers "Which city runs Togo?"."""
+    told = told_by(statement)
+    if not told or chance(0.5):
         return question
-    x = min(may_tell, key=len)  # of "On the map, Peru" and "Peru"
-    return ask(x, may_tell[x])
+    return ask(*told)
 
 def is_ambiguous(x, a):
     """Whether a is the continent and x a capital, but no country. "Where is Lima?" may ask for its
@@ -107,7 +114,8 @@ LONGEST = 190  # characters of a conversation; the 64 tokens that the model sees
 
 def next_question(x, a, pools):
     """What is asked after a question about (x, a) -> (subject, attribute, use). Mostly that is
-    (y, b), drawn from the pools; at times it is a follow-up: the same about y, or b about x."""
+    (y, b), drawn from the pools. At times it is a follow-up: the a of y, or the b or something else
+    of x."""
     [name] = rng.choices(list(SHARES), SHARES.values())
     y, b = rng.choice(pools[name])
     follows = WORDINGS[a, "name"] and WORDINGS[b, "name"] and chance(0.3)
@@ -139,8 +147,8 @@ def tell_known(subjects, group, pools):
         yield from tell(x, ATTRIBUTES, 3)  # what it cannot have is told as not known
         for a in ATTRIBUTES:
             if a in facts:
-                # Capitals and elements have one fact or two. These count double, so that each
-                # attribute is asked as often.
+                # Capitals and elements have one fact or two. These count double, so that their
+                # attributes are asked about as often as others.
                 pools[group] += [(x, a)] * (2 if len(facts) < 3 else 1)
             elif not is_ambiguous(x, a):
                 pools["U, cannot have"].append((x, a))
@@ -180,7 +188,7 @@ def divide(tell_b):
         name = "small talk" if replies else "U, other matters"
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
     for kind, attributes in KINDS.items():
-        for _ in attributes * 150:  # other names than those that are asked
+        for _ in attributes * 150:  # documents about other names than those that are asked
             documents += tell(made_up(kind), attributes, 1)
         for a in attributes * 1000:
             pools = test if chance(0.05) else train
