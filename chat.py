@@ -36,9 +36,9 @@ class Config:
     seed: int = setting(0, "of the sampling: the same again gives the same text", high=2**32 - 1)
 
 def prompt_ids(messages, tokenizer, block_size):
-    """[question, answer, ..., question] -> ids ending in <|assistant|>. While less than 24 tokens
-    are left in the context, too few for a short answer, the oldest two messages are taken away,
-    from the list too. Where each letter is a token:
+    """[question, answer, ..., question] -> ids ending in <|assistant|>. While the context has less
+    than 24 tokens left for an answer, the oldest two messages are taken away, from the list too.
+    Here a letter is a token: five messages have 18 tokens, three have 11, one has 4.
 
     >>> talk = [Message("user", "a"), Message("assistant", "b")] * 2 + [Message("user", "c")]
     >>> [prompt_ids(talk[:], gpt.Tokenizer([]), size) for size in (35, 34)]

@@ -61,7 +61,7 @@ class Config:
     minutes: float = setting(0.0, "train for about so long: sets max_steps from the speed seen")
     learning_rate: float = setting(8e-3, "at its peak; then along a cosine to 0")
     warmup: float = setting(0.05, "part of the steps in which the rate rises to its peak", high=0.9)
-    weight_decay: float = setting(0.6, "of matrices")  # much: the text is seen many times
+    weight_decay: float = setting(0.6, "of matrices")  # much, against learning by heart
     grad_clip: float = setting(1.0, "largest norm of the whole gradient; 0 means never clip")
     seed: int = setting(0, "of parameters, batches and dropout", high=2**32 - 1)
     # the run
@@ -182,7 +182,7 @@ def head(q, k, v, allowed):
 
 # All heads of one sequence: q (H, T, D), k and v (H, S, D). They share `allowed`, hence None.
 heads = jax.vmap(head, (0, 0, 0, None))
-QUERIES = 128
+QUERIES = 128  # more than the default context, which is done in one part
 
 def causal_heads(q, k, v):
     """Each token sees itself and those before it: q, k, v (H, T, D) -> (H, T, D). In short:
@@ -404,7 +404,7 @@ def make_step(objective, batch_at, cfg, placed):
                 batch.append(put(array, split if divides else whole))
             key = np.array([cfg.seed, n], np.uint32)  # two numbers, as jax.random takes them
             new = gradient(state["params"], batch, key)
-            jax.block_until_ready(new)  # two at once on virtual CPU devices can block each other
+            jax.block_until_ready(new)  # two gradients at once can block each other on virtual CPU devices
             sums = jax.tree.map(jnp.add, sums, new) if sums else new
         return update(state, sums, np.float32(number + 1), np.float32(rate))
 
@@ -506,7 +506,8 @@ def make_generator(cfg):
     @jax.jit
     def logits_after(params, tokens, position, cache):
         """What follows the last token of each row, at position (B, 1): logits (B, V); and the new
-        cache. tokens: that one alone (B, 1) or, without a cache, padded rows (B, T)."""
+        cache. tokens: that one alone (B, 1) or, without a cache, padded rows (B, T). jit compiles
+        it twice, once with a cache and once without."""
         if cache is None:
             x, new_cache = forward(params, tokens, cfg)  # x (B, T, C)
             is_last = jax.nn.one_hot(position[:, 0], T)  # (B, T)
@@ -795,7 +796,7 @@ def conclude(cfg, about, path):
         draw(losses)
 
 def of_run_before(path):
-    """What is added of the run before, if it validated: "; of the run before 1.621 (...)"."""
+    """What conclude() adds if the run before was validated: "; of the run before 1.621 (...)"."""
     log_path = log_of(path).with_suffix(".prev.csv")
     with suppress(OSError, ValueError, KeyError), open(log_path) as file:
         losses = [row["val_loss"] for row in csv.DictReader(file)]

@@ -77,8 +77,8 @@ def message_of(turn):
     return Message(ROLES.get(role, role), text, turn.get("weight", 1) != 0)
 
 def take(record, fields, role):
-    """Take fields out of a record -> what they say as messages: a text in this role, or a list of
-    turns; a turn of LLaMA-Factory's history is [question, answer]."""
+    """Take fields out of a record -> what they say, as messages. A field holds a text, which is said
+    in this role, or a list of turns. In LLaMA-Factory's history a turn is [question, answer]."""
     messages = []
     for name in fields:
         said = record.pop(name, None)
