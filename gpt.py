@@ -404,7 +404,7 @@ def make_step(objective, batch_at, cfg, placed):
                 batch.append(put(array, split if divides else whole))
             key = np.array([cfg.seed, n], np.uint32)  # two numbers, as jax.random takes them
             new = gradient(state["params"], batch, key)
-            jax.block_until_ready(new)  # two gradients at once can block each other on virtual CPU devices
+            jax.block_until_ready(new)  # two at once can block each other on virtual CPU devices
             sums = jax.tree.map(jnp.add, sums, new) if sums else new
         return update(state, sums, np.float32(number + 1), np.float32(rate))
 
@@ -497,17 +497,16 @@ def sample(logits, history, rng, temperature=0.0, top_k=0, top_p=1.0, repetition
     return int(rng.choice(order, p=p / p.sum()))
 
 def make_generator(cfg):
-    """-> generate(params, prompts, max_new_tokens, rng, **how), how being that of sample().
-    prompts: lists of ids. Yields after each step the new ids, END for a row that has ended, and the
-    logits (B, V) they were chosen by. A row that fills the context goes on from its last half."""
+    """-> generate(params, prompts, max_new_tokens, rng, **how). prompts: lists of ids; how: see
+    sample(). It yields in each step the new ids, END for a row that has ended, and the logits
+    (B, V) they were chosen by. A row that fills the context goes on from its last half."""
     cfg = replace(cfg, dtype="float32")  # rounding all weights for a token is slower
     T = cfg.block_size
 
     @jax.jit
     def logits_after(params, tokens, position, cache):
-        """What follows the last token of each row, at position (B, 1): logits (B, V); and the new
-        cache. tokens: that one alone (B, 1) or, without a cache, padded rows (B, T). jit compiles
-        it twice, once with a cache and once without."""
+        """-> logits (B, V) of what follows the last token of each row, at position (B, 1), and the
+        new cache. tokens: the last ones (B, 1) or, without a cache, padded rows (B, T)."""
         if cache is None:
             x, new_cache = forward(params, tokens, cfg)  # x (B, T, C)
             is_last = jax.nn.one_hot(position[:, 0], T)  # (B, T)

@@ -46,8 +46,8 @@ class Example:
         return self.dialogues[0]
 
 ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # by their other names
-# Where the parts of a dialogue are looked for. If a field for answers holds the whole dialogue, those
-# for questions are not looked at. "conversations" is in both lists:
+# Where the parts of a dialogue are looked for. If a field for answers holds the whole dialogue,
+# those for questions are not looked at. "conversations" is in both lists:
 #     {"conversations": [question, answer]}     {"conversations": [question], "chosen": answer, ...}
 SYSTEM_FIELDS = ["system", "system_prompt"]
 QUESTION_FIELDS = ["history", "conversations", "prompt", "instruction", "question", "input",
@@ -77,8 +77,8 @@ def message_of(turn):
     return Message(ROLES.get(role, role), text, turn.get("weight", 1) != 0)
 
 def take(record, fields, role):
-    """Take fields out of a record -> what they say, as messages. A field holds a text, which is said
-    in this role, or a list of turns. In LLaMA-Factory's history a turn is [question, answer]."""
+    """Take fields out of a record -> what they say, as messages. A field holds a text, said in this
+    role, or a list of turns. In LLaMA-Factory's history a turn is [question, answer]."""
     messages = []
     for name in fields:
         said = record.pop(name, None)
