@@ -165,7 +165,8 @@ def answer_lines(reply, cfg):
         if "\ufffd" in line:
             print(f"standard input:{number}: not all of it is UTF-8", file=sys.stderr)
         try:
-            said = "".join(reply([Message("user", line.strip())], cfg, []))
+            if line.strip():
+                said = "".join(reply([Message("user", line.strip())], cfg, []))
         except InputError as e:
             print(f"error: standard input:{number}: {e}", file=sys.stderr)
         print(printable(said).replace("\n", " "), flush=True)

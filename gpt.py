@@ -728,8 +728,8 @@ def steps_in_time(cfg, done, ticks):
     left = began + 60 * cfg.minutes - now
     steps = done + max(0, int(left / pace))
     steps = int(in_all_processes(steps).min())  # all processes end together
-    if len(ticks) == 4:  # the first call
-        show_progress(f"{cfg.minutes:g} minutes are enough for about {steps} steps", last=True)
+    if timed == 20:  # the first steps of a process are slow
+        show_progress(f"--minutes {cfg.minutes:g}: enough for about {steps} steps", last=True)
     return replace(cfg, max_steps=steps)
 
 def speed_of(ticks, cfg):
@@ -871,6 +871,13 @@ def show_sample(cfg, params, tokenizer):
     steps = make_generator(cfg)(params, [[END]], 2 * cfg.block_size, rng, temperature=0.8)
     say(f"sample: {printable(tokenizer.decode(new for [new], _ in steps))}\n")
 
+def say_what_is_next(cfg, path):
+    pairs = "" if Path(cfg.data_dir, "qa.jsonl").exists() else " PAIRS"  # the user's
+    folders = ""
+    if (cfg.data_dir, cfg.out_dir) != ("data", "out"):
+        folders = f" --init {path} --data_dir {cfg.data_dir} --out_dir {cfg.out_dir}"
+    say(f"checkpoint: {path}\nnext: python sft.py{pairs}{folders}   (or python chat.py {path})")
+
 def main(argv):
     cfg, given = read_flags(Config, argv, __doc__)
     join(cfg)
@@ -917,10 +924,7 @@ def main(argv):
               file=sys.stderr, flush=True)
         os._exit(2)  # at once: jax would wait for the others
     show_sample(cfg, state["params"], tokenizer)
-    folders = ""
-    if (cfg.data_dir, cfg.out_dir) != ("data", "out"):
-        folders = f" --init {path} --data_dir {cfg.data_dir} --out_dir {cfg.out_dir}"
-    say(f"checkpoint: {path}\nnext: python sft.py{folders}   (or python chat.py {path})")
+    say_what_is_next(cfg, path)
 
 if __name__ == "__main__":
     run(main)

@@ -373,7 +373,8 @@ def enough_of(corrections, n_others):
     """Corrections again and again, half the time in other words (reworded). A reworded one stands
     alone, without what was said before."""
     examples = []
-    times = 1 + n_others // (4 * len(corrections))  # they become a fifth of all
+    # Eight or more become a fifth of all. One alone, as often, would be the answer to all the like.
+    times = 1 + n_others // (4 * max(8, len(corrections)))
     for example in corrections * times:
         question, answer = example.chosen[-2:]
         asked = Message("user", world.reworded(question.text, answer.text))
@@ -454,7 +455,7 @@ def learn_preferences(cfg, pairs, preferences, feedback, test):
 @dataclass(frozen=True)
 class Config(gpt.Config):
     pairs: str = setting((), "questions and answers [built-in ones]", nargs="*", positional=True)
-    init: str = setting("", "checkpoint to start from; nothing: out/base.npz, for DPO chat.npz")
+    init: str = setting("", "checkpoint to start from; nothing: base.npz in out_dir, for DPO chat")
     eval: str = setting((), "questions to test with; without pairs nothing is trained", nargs=1)
     show: int = setting(0, "print this many examples with what is trained, and stop")
     # None: no DPO; "": from the corrections; else the name of a file

@@ -761,12 +761,12 @@ def test_the_last_correction_of_a_question_is_learned(made):
     assert said.startswith("nothing keeps the other answers as they are")
 
 def test_piped_questions_get_one_line_each(made):
-    typed = f"where is the cat?\n{'X' * 96}\nOù?\nO\udcf9 in Latin-1?\nwho ran?\n"
+    typed = f"where is the cat?\n\n{'X' * 96}\nOù?\nO\udcf9 in Latin-1?\nwho ran?\n"
     answers, errors, status = end(start("chat", PYTHONIOENCODING="utf-8:strict"), typed)
-    assert re.fullmatch("the cat sat on the mat\n\n.*\n.*\nthe rat ran\n", answers)
+    assert re.fullmatch("the cat sat on the mat\n\n\n.*\n.*\nthe rat ran\n", answers)
     assert status == 0
-    assert re.fullmatch("error: standard input:2: the question has .*\n"
-                        "standard input:4: not all of it is UTF-8\n", errors)
+    assert re.fullmatch("error: standard input:3: the question has .*\n"
+                        "standard input:5: not all of it is UTF-8\n", errors)
 
 def test_closed_and_narrow_streams_are_no_tracebacks(made):
     narrow = start("chat out/base.npz --prompt='café 東'", PYTHONIOENCODING="ascii")
@@ -947,7 +947,7 @@ def test_a_base_goes_on_with_another_text_in_its_own_vocabulary(made):
         said = outcome(f"prepare another.txt --out_dir=another --tokenizer={source}")
         assert said.endswith("next: python gpt.py --init out/base.npz --data_dir another\n")
     said = outcome("gpt --init=out/base.npz --data_dir=another --out_dir=gone_on --max_steps=1")
-    assert "python sft.py --init" in said and "--data_dir another --out_dir gone_on " in said
+    assert "python sft.py PAIRS --init" in said and "--data_dir another --out_dir gone_on " in said
     assert "step 2/2" in outcome("gpt --resume --out_dir=gone_on --max_steps=2")  # the same text
     assert "another: another text than out" in outcome("gpt --resume --data_dir=another")
 
@@ -968,19 +968,24 @@ def test_a_correction_whose_conversation_is_too_long_stands_alone(context, n_mes
     assert len(example.chosen) == n_messages and example.chosen[-1].text == "a rat"
 
 def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_answer_not_kept(made):
-    write("qo.jsonl", """{"prompt": "The capital of Qo?",
-        "chosen": "The capital of Qo is Zed.", "rejected": "X"}""")
+    corrections = [{"prompt": f"The capital of {x}?", "chosen": f"The capital of {x} is Zed.",
+                    "rejected": "X"} for x in ("Qo", "Qu", "Ra", "Re", "Ri", "Ro", "Ru", "Sa")]
+    write("eight.jsonl", "\n".join(map(json.dumps, corrections)))
+    write("one.jsonl", json.dumps(corrections[0]))
     write("old.jsonl", '{"prompt": "The capital of Qo?", "response": "The old answer."}\n' * 20
           + '{"prompt": "Who?", "response": "Ho"}\n' * 99
           + f'{{"prompt": "Who?", "response": "{"long " * 99}"}}\n' * 50)
     pairs = sft.read_examples(["old.jsonl"])
     cfg = sft.Config(init="out/chat.npz")
-    once, again = (sft.learn_preferences(cfg, pairs, [], "qo.jsonl", [])[0] for _ in range(2))
-    assert once == again
+    def examples_with(corrections):
+        return sft.learn_preferences(cfg, pairs, [], corrections, [])[0]
+    once = examples_with("eight.jsonl")
+    assert examples_with("eight.jsonl") == once
     answers = [example.chosen[-1].text for example in once]
-    assert {*answers} == {"Ho", "The capital of Qo is Zed."}
+    assert "The old answer." not in answers and "The capital of Sa is Zed." in answers
     n_kept = answers.count("Ho")
-    assert n_kept == approx(0.8 * len(once), rel=0.01)
+    assert n_kept == approx(0.8 * len(once), rel=0.05)
+    assert len(examples_with("one.jsonl")) - n_kept == (len(once) - n_kept) / 8
     assert len({example.chosen[0].text for example in once[n_kept:]}) > 5
     _, nothing = once[0].dialogues  # instead of an old answer nothing is rejected
     assert not any(message.trained for message in nothing)
@@ -988,7 +993,7 @@ def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_ans
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(
         made, tmp_path, monkeypatch):
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
-    assert re.search(r"0.04 minutes are enough for about \d+ steps", said)
+    assert re.search(r"--minutes 0.04: enough for about \d+ steps", said)
     done = steps_of("timed/base.npz")
     assert done >= 3 and f"step {done}/{done} " in said
     assert np.isnan(read_log("timed/log.csv")[:, 2]).all()
