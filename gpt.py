@@ -88,21 +88,6 @@ def on_metal():
     """Whether that is Apple's GPU: its plug-ins lack some operations, and the code does without."""
     return device().platform.lower() in ("metal", "mps", "mtl")
 
-def in_all_processes(value):
-    """[value]; with several processes, as on several hosts (see join), the value of each."""
-    return process_allgather(np.array(value))
-
-def fast_dtype():
-    """bfloat16 if the CPUs of all processes multiply it natively, as Linux tells, else float32."""
-    cpu = Path("/proc/cpuinfo")
-    native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
-    new_enough = jax.__version_info__ >= (0, 10)  # older ones are no faster with it
-    return "bfloat16" if in_all_processes(native and new_enough).all() else "float32"
-
-def writes():
-    """Whether this process prints and writes: on several hosts only the first one does."""
-    return jax.process_index() == 0
-
 def tokens_a_step(cfg):
     return cfg.batch_size * cfg.grad_accum * cfg.block_size
 
@@ -205,10 +190,10 @@ def causal_heads(q, k, v):
 
 def cached_heads(q, k, v, position, cache, cfg):
     """In generation, skip it until make_generator: one new token for each sequence, at position
-    (B, 1): q, k, v (B, H, 1, D) -> (B, H, 1, D), keys and values (B, H, S, D). The cache has a slot
-    for each of the S = block_size positions. The first pass has filled all, with the prompt and
-    padding. The token's key and value go into its own slot, and it sees the slots up to there: a
-    slot with padding is overwritten before a token sees it."""
+    (B, 1): q, k, v (B, H, 1, D) -> the heads' output like q, keys and values (B, H, S, D). The
+    cache has a slot for each of the S = block_size positions. The first pass has filled all, with
+    the prompt and padding. The token's key and value go into its own slot, and it sees the slots up
+    to there: a slot with padding is overwritten before a token sees it."""
     slots = np.arange(cfg.block_size)[None]  # (1, S)
     is_own = (slots == position)[:, None, :, None]  # (B, 1, S, 1)
     k = jnp.where(is_own, k, cache[0])
@@ -271,7 +256,7 @@ def token_losses(params, x, y, cfg, key=None):
 
 def loss(params, batch, key, cfg):
     """x, y (B, T) int32, w (B, T) float32 -> (sum of w times the tokens' losses, sum of w). w is 1
-    for a token that counts; in fine-tuning only those of answers do. No mean: micro-batches and
+    for a token that counts; of conversations only those of answers do. No mean: micro-batches and
     devices with unequal numbers of them then add up to the right gradient."""
     x, y, w = batch
     return (token_losses(params, x, y, cfg, key) * w).sum(), w.sum()
@@ -431,9 +416,10 @@ def random_batch(ids, n, T, seed, number):
         x             <|end|> a b c d e f g
         y                     a b c d e f g h
 
-    So a document's first tokens are mostly seen with all that they follow from. Each token is a
-    target about as often as it is in the text: 1.5 times at a document's beginning, 0.5 times just
-    behind the row that begins there. In a row with two documents the second sees the first."""
+    So a document's first tokens are mostly seen with all that they follow from. They are targets
+    1.5 times as often as others, for T / 2 of the places drawn lead to their <|end|>. Those from
+    the T-th token on, which other rows would have had from these places, are it 0.5 times as often.
+    In a row with two documents the second sees the first."""
     rows = []
     for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
         earliest = max(0, start + 1 - T // 2)
@@ -620,7 +606,7 @@ def inherit(cfg, given, about, path):
     """cfg with the settings that the checkpoint at path decides:
 
         --init     those of the model
-        --resume   all but out_dir, for the folder may have moved, and typed ones of MAY_CHANGE
+        --resume   all, except out_dir (the folder may have moved) and what is typed of MAY_CHANGE
 
     given: the names of the flags that are typed. It is an error if one contradicts the checkpoint.
     """
@@ -649,7 +635,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
     if cfg.minutes:
         cfg = replace(cfg, max_steps=done + 100)  # until its pace is known
     ticks = [time.perf_counter()]  # when it began, and when each step ended
-    since = ticks[0] - about["seconds"]  # without the pauses between runs
+    since = ticks[0] - about["seconds"]  # as if all runs had been one
     placed = placements_of(state, cfg)
     step = make_step(objective, batch_at, cfg, placed)
     state = jax.tree.map(put, state, placed)
@@ -670,7 +656,7 @@ def train(cfg, state, about, objective, batch_at, validate, path):
 
             stopped = in_all_processes(bool(wishes)).any()  # all processes after the same step
             finished = done >= cfg.max_steps
-            last = finished or stopped or not math.isfinite(train_loss)  # NaN: save() raises
+            last = finished or stopped or not math.isfinite(train_loss)  # NaN: save() fails
             due = cfg.eval_every and (finished or done % cfg.eval_every == 0)
             nats, bits = validate(state["params"]) if due else (None, None)
             if last or due or done == 1 or done % cfg.log_every == 0:
@@ -802,7 +788,22 @@ def of_run_before(path):
         return f"; of the run before {min(map(float, filter(None, losses))):.3f} ({log_path})"
     return ""
 
-# ---------------------------------------------------------------- several hosts, Apple's GPU: skip
+# ---------------------------------------------------------------- hosts and processors: skip it
+def in_all_processes(value):
+    """[value]; with several processes, as on several hosts (see join), the value of each."""
+    return process_allgather(np.array(value))
+
+def fast_dtype():
+    """bfloat16 if the CPUs of all processes multiply it natively, as Linux tells, else float32."""
+    cpu = Path("/proc/cpuinfo")
+    native = cpu.exists() and "avx512_bf16" in cpu.read_text() and device().platform == "cpu"
+    new_enough = jax.__version_info__ >= (0, 10)  # older ones are no faster with it
+    return "bfloat16" if in_all_processes(native and new_enough).all() else "float32"
+
+def writes():
+    """Whether this process prints and writes: on several hosts only the first one does."""
+    return jax.process_index() == 0
+
 def join(cfg):
     """Become one of several processes, through JAX's own runtime. On SLURM and Cloud TPU it knows
     all it needs. Process 0 alone prints and writes; all must see the same data_dir and out_dir."""

@@ -45,7 +45,7 @@ WORD = re.compile(
 
 class Tokenizer:
     """Byte-level BPE (arXiv 1508.07909): a word is bytes at first, then pairs of ids are merged.
-    encode never returns a special id; decode(encode(s)) == s."""
+    encode never returns a special id; decode(encode(s)) == s, but for lone surrogates in s."""
 
     def __init__(self, merges):
         self.merges = merges
@@ -221,9 +221,11 @@ LIST_BEGINS = re.compile(r"""\s*
     (?!\s* \{ (?=[^{}]*"(role|from)"\s*:)           # but not if the first of it has a role
               (?=[^{}]*"(content|value)"\s*:) )     # and a content
     \s*""", re.X)
-# What stands between two records. A comma before "]" is one too many, so it counts as broken.
+# What may stand between two records: spaces, commas and ends of lists. A comma before "]" is one
+# too many, so it counts as broken.
 BETWEEN = re.compile(r"[\s\]}]*(,(?!\s*\])[\s\]}]*)*")
-# After something broken a record begins on a new line or after a comma, a text after a comma.
+# After something broken a record begins on a new line or after a comma: {"te<newline>{"text": ...
+# A text begins after a comma between quotation marks: "one" two", "three"
 NEXT_RECORD = re.compile(r'^[ \t]?(?=[\[{])|,\s*(?=\[?\s*\{\s*")|\Z', re.M)
 NEXT_TEXT = re.compile(r'(?<=")\s*,\s*(?=")|\Z')
 DECODER = json.JSONDecoder()

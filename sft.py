@@ -7,8 +7,8 @@
     python sft.py --dpo                  # what was corrected in the chat, out/chat.npz -> dpo.npz
     python sft.py mine.jsonl --dpo       # the same, and these answers are to stay as they are
 
-Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where only tokens
-of answers have weight. Reading order: Message, Example, then from "rows" on; records at the end."""
+Pretraining gave it knowledge, here it learns the manner: by the loop of gpt.py, where of questions
+and answers only the tokens of answers have weight."""
 import difflib, json, re, zlib
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -26,8 +26,7 @@ from prepare import ASSISTANT, END, SPECIAL, UNSPACED, USER, InputError, count, 
 from prepare import list_of, plain, printable, read_flags, read_json, read_lines, report, run, say
 from prepare import setting, show_progress
 
-# ---------------------------------------------------------------- records: JSON of many shapes
-# Skip the functions of this section at first: read_examples gives a list of Example.
+# ---------------------------------------------------------------- what is learned from
 class Message(NamedTuple):
     """What one side says. A dialogue is a list of them: user, assistant, user, assistant."""
     role: str
@@ -45,142 +44,13 @@ class Example:
     def chosen(self):
         return self.dialogues[0]
 
-ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # by their other names
-# Where the parts of a dialogue are looked for. If a field for answers holds the whole dialogue,
-# those for questions are not looked at. "conversations" is in both lists:
-#     {"conversations": [question, answer]}     {"conversations": [question], "chosen": answer, ...}
-SYSTEM_FIELDS = ["system", "system_prompt"]
-QUESTION_FIELDS = ["history", "conversations", "prompt", "instruction", "question", "input",
-                   "context"]
-ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
-OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
-
-def text_of(content):
-    """What a turn says: text, parts of text, a number or true; null and NaN say nothing.
-
-    >>> text_of([{"text": "H"}, {"text": "i"}]), text_of(True), text_of(None)
-    ('Hi', 'true', '')
-    """
-    if content is None or content != content:
-        return ""
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    return json.dumps(content) if isinstance(content, (int, float)) else plain(content)
-
-def message_of(turn):
-    """OpenAI's {"role", "content"} or ShareGPT's {"from", "value"} as a message. An answer of
-    "weight" 0 is not trained. A turn that calls a tool has the role "tool"."""
-    role = turn.get("role", turn.get("from"))
-    if turn.get("tool_calls"):
-        role = "tool"
-    text = text_of(turn.get("content", turn.get("value")))
-    return Message(ROLES.get(role, role), text, turn.get("weight", 1) != 0)
-
-def take(record, fields, role):
-    """Take fields out of a record -> what they say, as messages. A field holds a text, said in this
-    role, or a list of turns. In LLaMA-Factory's history a turn is [question, answer]."""
-    messages = []
-    for name in fields:
-        said = record.pop(name, None)
-        if isinstance(said, dict):  # a lone turn
-            said = [said]
-        if not isinstance(said, list):
-            said = [{"role": role, "content": said}] if text_of(said).strip() else []
-        for turn in said:
-            if name == "history" and isinstance(turn, list):
-                question, answer = map(text_of, turn)
-                messages += [Message("user", question), Message("assistant", answer, True)]
-            else:
-                messages.append(message_of(turn))
-    return messages
-
-def take_turns(record, answer_fields):
-    """Take all turns out of a record -> messages. It holds a list of turns:
-
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
-
-    or fields of which turns are made: {"instruction": "Add", "input": "2 + 2", "output": "4"}"""
-    system = take(record, SYSTEM_FIELDS, "system")
-    answered = []
-    for name in answer_fields:
-        turns = take(record, [name], "assistant")
-        if any(turn.role == "user" for turn in turns):
-            return [said for said in system if said not in turns] + turns
-        answered += turns
-    return system + take(record, QUESTION_FIELDS, "user") + answered
+# ---------------------------------------------------------------- rows: what a step is trained on
+A_WORD = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have spaces between words
 
 def in_small_letters(question):
     """A question, in small letters if it is all in capitals: hardly any text is written so. What is
     shorter than 8 may be a name, like "NASA?"."""
     return question.lower() if question.isupper() and len(question) > 7 else question
-
-def dialogue_of(turns, source):
-    """Messages of any order -> question, answer, question, answer. What is said before an answer is
-    one question."""
-    dialogue = []
-    asked, is_asked = [], False  # since the last answer: texts, whether the user spoke
-    for turn in turns:
-        if turn.role in ("user", "system"):
-            if turn.text:
-                asked.append(turn.text)
-            is_asked |= turn.role == "user"
-        elif turn.role != "assistant" or not (asked and is_asked):
-            raise ValueError("without questions and answers in turn")
-        elif not turn.text.strip():
-            raise ValueError("with an empty answer")
-        else:
-            question = in_small_letters("\n\n".join(asked))
-            dialogue += [Message("user", question), turn]
-            asked, is_asked = [], False
-    if asked and dialogue:
-        count("last question(s) without an answer", source)
-    return dialogue
-
-# Kinds of records: for each dialogue that one gives, the fields in which its answer is looked for.
-IMITATION = [ANSWER_FIELDS]  # one dialogue
-PREFERENCE = [["chosen"], ["rejected"]]  # two dialogues
-
-def example_of(record, kind, source):
-    """A record -> an example. Of a preference only the last message is trained."""
-    if isinstance(record, list):
-        record = {"messages": record}
-    unused = record.keys() - OURS
-    dialogues = []
-    for answer_fields in kind:
-        rest = dict(record)
-        dialogue = dialogue_of(take_turns(rest, answer_fields), source)
-        unused &= rest.keys()  # what no turn was taken out of is left in rest
-        if kind is PREFERENCE:
-            dialogue[:-1] = [message._replace(trained=False) for message in dialogue[:-1]]
-        if dialogue in dialogues or not any(message.trained for message in dialogue):
-            raise ValueError("without an answer to train")
-        dialogues.append(dialogue)
-    count_fields(unused, source)
-    return Example(dialogues, source, str(record.get("set", "all")))
-
-def read_examples(paths, kind=IMITATION):
-    """Files -> [example]. What cannot be one is left out, and one line tells of it."""
-    examples = []
-    for path in paths:
-        for record, source in read_json(read_lines(path)):
-            try:
-                examples.append(example_of(record, kind, source))
-            except ValueError as e:
-                count(f"record(s) {e}", source)
-            except (AttributeError, LookupError, TypeError):  # anything can be in it
-                count("record(s) of no known shape", source)
-    if paths and not examples:
-        raise InputError(f"{paths[0]}: no question with an answer in it; left out: {list_of()}")
-    report()
-    return examples
-
-def built_in(cfg):
-    """The questions of prepare.py -> (to learn from, to test with)."""
-    files = [Path(cfg.data_dir, name) for name in ("qa.jsonl", "qa_test.jsonl")]
-    return [read_examples([file] if file.exists() else []) for file in files]
-
-# ---------------------------------------------------------------- rows: what a step is trained on
-A_WORD = rf"(?:(?![{UNSPACED}])[^\W\d_])+"  # a word, in scripts that have spaces between words
 
 def as_read(question, words):
     """What somebody types, as the model is given it: not all in capitals; and a word that training
@@ -197,9 +67,9 @@ def as_read(question, words):
             return typed
         frequent = [word for word, n in words.items() if n >= 20]
         # difflib's ratio of two words of n letters that differ by one slip is 1 - 1/n; 1.01 allows
-        # for rounding errors. Words of 4 and 5 letters need more, which one letter too many or too
-        # few leaves ("peeru" is read as "Peru", 0.89), but no other slip ("York" as "work", 0.75).
-        alike = max(0.83, 1 - 1.01 / len(typed))
+        # for rounding errors. With 4 or 5 letters other words are so near ("York", "work": 0.75),
+        # so there 0.83 is asked: a letter too many or too few reaches that ("peeru": 0.89).
+        alike = 0.83 if len(typed) < 6 else 1 - 1.01 / len(typed)
         near = difflib.get_close_matches(typed.lower(), frequent, cutoff=alike)  # at most three
         word = max(near, key=words.get, default=typed)
         return word.capitalize() if typed.istitle() else word
@@ -350,9 +220,9 @@ def dpo_loss(params, batch, key, cfg):
     n = len(reference)
     logp = log_probs(params, x, y, w, cfg, key)  # (N,)
     per_token = logp / jnp.maximum(1, w.sum(-1))
-    gains = cfg.beta * (logp[:n] - reference)
+    gains = logp[:n] - reference
     # A softmax over two numbers a, b is sigmoid(a - b) for the first of them.
-    preference = -jax.nn.log_softmax(gains.reshape(-1, 2))[:, 0]  # (n / 2,)
+    preference = -jax.nn.log_softmax(cfg.beta * gains.reshape(-1, 2))[:, 0]  # (n / 2,)
     imitation = -per_token[:n].reshape(-1, 2)[:, 0]
     replay = -per_token[n:].mean() if n < len(x) else 0  # one number, the same for each pair
     return (preference + imitation + replay).sum(), jnp.float32(n // 2)
@@ -383,12 +253,15 @@ def enough_of(corrections, n_others):
         examples.append(example)
     return examples
 
-N_KEPT = 2350  # of old answers: the 200 steps of DPO go through them once and a bit
+# Of old answers. With the corrections these are about 2,940 examples; 200 steps take 3,800: 19 in
+# each, for of the batch of 24 a fifth is text.
+N_KEPT = 2350
 
 def unchanging(examples):
     """Examples whose answers are to stay as they are -> preferences. In the rejected dialogue no
-    token is trained, so its log-probability counts as 0 before and after. What is left of the loss
-    is -log sigmoid(beta gain of the chosen): it rises when that becomes less probable."""
+    token is trained, so its log-probability counts as 0 before and after. What is left of
+    equation 7 is -log sigmoid(beta gain of the chosen): it rises when that becomes less probable.
+    """
     preferences = []
     for example in examples[:N_KEPT]:
         nothing = [message._replace(trained=False) for message in example.chosen]
@@ -450,6 +323,137 @@ def learn_preferences(cfg, pairs, preferences, feedback, test):
     world.rng.seed(cfg.seed)  # of reworded: a resumed run has the same examples
     examples += enough_of(corrections, len(examples))
     return examples, (test or old_test) + corrections, before
+
+# ---------------------------------------------------------------- records: JSON of many shapes
+# Skip this at first: read_examples gives a list of Example.
+ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}  # by their other names
+# Where the parts of a dialogue are looked for. If a field for answers holds the whole dialogue,
+# those for questions are not looked at. "conversations" is in both lists:
+#     {"conversations": [question, answer]}     {"conversations": [question], "chosen": answer, ...}
+SYSTEM_FIELDS = ["system", "system_prompt"]
+QUESTION_FIELDS = ["history", "conversations", "prompt", "instruction", "question", "input",
+                   "context"]
+ANSWER_FIELDS = ["messages", "conversations", "response", "output", "completion", "answer"]
+OURS = {"built_in", "set", "attribute", "value"}  # fields of prepare.py's own questions
+
+def text_of(content):
+    """What a turn says: text, parts of text, a number or true; null and NaN say nothing.
+
+    >>> text_of([{"text": "H"}, {"text": "i"}]), text_of(True), text_of(None)
+    ('Hi', 'true', '')
+    """
+    if content is None or content != content:
+        return ""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return json.dumps(content) if isinstance(content, (int, float)) else plain(content)
+
+def message_of(turn):
+    """OpenAI's {"role", "content"} or ShareGPT's {"from", "value"} as a message. An answer of
+    "weight" 0 is not trained. A turn that calls a tool has the role "tool"."""
+    role = turn.get("role", turn.get("from"))
+    if turn.get("tool_calls"):
+        role = "tool"
+    text = text_of(turn.get("content", turn.get("value")))
+    return Message(ROLES.get(role, role), text, turn.get("weight", 1) != 0)
+
+def take(record, fields, role):
+    """Take fields out of a record -> what they say, as messages. A field holds a text, said in this
+    role, or a list of turns. In LLaMA-Factory's history a turn is [question, answer]."""
+    messages = []
+    for name in fields:
+        said = record.pop(name, None)
+        if isinstance(said, dict):  # a lone turn
+            said = [said]
+        if not isinstance(said, list):
+            said = [{"role": role, "content": said}] if text_of(said).strip() else []
+        for turn in said:
+            if name == "history" and isinstance(turn, list):
+                question, answer = map(text_of, turn)
+                messages += [Message("user", question), Message("assistant", answer, True)]
+            else:
+                messages.append(message_of(turn))
+    return messages
+
+def take_turns(record, answer_fields):
+    """Take all turns out of a record -> messages. It holds a list of turns:
+
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+
+    or fields of which turns are made: {"instruction": "Add", "input": "2 + 2", "output": "4"}"""
+    system = take(record, SYSTEM_FIELDS, "system")
+    answered = []
+    for name in answer_fields:
+        turns = take(record, [name], "assistant")
+        if any(turn.role == "user" for turn in turns):
+            return [said for said in system if said not in turns] + turns
+        answered += turns
+    return system + take(record, QUESTION_FIELDS, "user") + answered
+
+def dialogue_of(turns, source):
+    """Messages of any order -> question, answer, question, answer. What is said before an answer is
+    one question."""
+    dialogue = []
+    asked, is_asked = [], False  # since the last answer: texts, whether the user spoke
+    for turn in turns:
+        if turn.role in ("user", "system"):
+            if turn.text:
+                asked.append(turn.text)
+            is_asked |= turn.role == "user"
+        elif turn.role != "assistant" or not (asked and is_asked):
+            raise ValueError("without questions and answers in turn")
+        elif not turn.text.strip():
+            raise ValueError("with an empty answer")
+        else:
+            question = in_small_letters("\n\n".join(asked))
+            dialogue += [Message("user", question), turn]
+            asked, is_asked = [], False
+    if asked and dialogue:
+        count("last question(s) without an answer", source)
+    return dialogue
+
+# Kinds of records: for each dialogue that one gives, the fields in which its answer is looked for.
+IMITATION = [ANSWER_FIELDS]  # one dialogue
+PREFERENCE = [["chosen"], ["rejected"]]  # two dialogues
+
+def example_of(record, kind, source):
+    """A record -> an example. Of a preference only the last message is trained."""
+    if isinstance(record, list):
+        record = {"messages": record}
+    unused = record.keys() - OURS
+    dialogues = []
+    for answer_fields in kind:
+        rest = dict(record)
+        dialogue = dialogue_of(take_turns(rest, answer_fields), source)
+        unused &= rest.keys()  # what no turn was taken out of is left in rest
+        if kind is PREFERENCE:
+            dialogue[:-1] = [message._replace(trained=False) for message in dialogue[:-1]]
+        if dialogue in dialogues or not any(message.trained for message in dialogue):
+            raise ValueError("without an answer to train")
+        dialogues.append(dialogue)
+    count_fields(unused, source)
+    return Example(dialogues, source, str(record.get("set", "all")))
+
+def read_examples(paths, kind=IMITATION):
+    """Files -> [example]. What cannot be one is left out, and one line tells of it."""
+    examples = []
+    for path in paths:
+        for record, source in read_json(read_lines(path)):
+            try:
+                examples.append(example_of(record, kind, source))
+            except ValueError as e:
+                count(f"record(s) {e}", source)
+            except (AttributeError, LookupError, TypeError):  # anything can be in it
+                count("record(s) of no known shape", source)
+    if paths and not examples:
+        raise InputError(f"{paths[0]}: no question with an answer in it; left out: {list_of()}")
+    report()
+    return examples
+
+def built_in(cfg):
+    """The questions of prepare.py -> (to learn from, to test with)."""
+    files = [Path(cfg.data_dir, name) for name in ("qa.jsonl", "qa_test.jsonl")]
+    return [read_examples([file] if file.exists() else []) for file in files]
 
 # ---------------------------------------------------------------- main
 @dataclass(frozen=True)
@@ -591,7 +595,7 @@ DPO = {"max_steps": 200, "learning_rate": 3e-4, "batch_size": 24, "weight_decay"
 def resume(cfg, given, path):
     """Go on with the stopped run at path -> (its settings, state, about, tokenizer)."""
     state, about, _, tokenizer = gpt.load_checkpoint(path, to_resume=True)
-    if not cfg.dpo:  # a bare --dpo only says which run it is; the file is known
+    if not cfg.dpo:  # a bare --dpo says which run it is; the checkpoint knows its file
         given = given - {"dpo"}
     return gpt.inherit(cfg, given, about, path), state, about, tokenizer
 

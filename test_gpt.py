@@ -178,7 +178,7 @@ def test_adam_equals_its_closed_form_with_decay_and_clipping():
         past.append(tree.map(lambda g: g / max(1, length), grads))
         age = np.arange(t, -1, -1)  # of past[0], past[1], ...
         def new_value(p, *gs):
-            mean = np.average(gs, 0, 0.9**age)
+            mean = np.average(gs, 0, 0.9**age)  # divided by the sum of the weights
             square = np.average(np.square(gs), 0, 0.99**age)
             decay = 0.1 * p * (square > 0) if p.ndim > 1 else 0
             return p - 0.01 * (mean / (np.sqrt(square) + 1e-8) + decay)
@@ -723,7 +723,7 @@ def test_fine_tuning_joins_examples_by_chance_but_never_the_held_out_and_replays
     answers = re.compile(b"\1+")  # where w is 1
     often = Counter(len(answer) for row in rows[:n_rows] for answer in answers.findall(row))
     assert len(often) == 19  # one of 20 is held out
-    assert 3 in often  # the first one is not, for chance decides
+    assert 3 in often  # without shuffling it would be the first answer, with its 3 tokens
     assert len({*often.values()}) == 1  # all were used equally often
     assert often.total() > 4 * n_rows and len({*rows[:n_rows]}) > 200
 
@@ -796,6 +796,7 @@ TYPED = [  # what is typed at the prompt; what is found, by a regular expression
 
 @only_posix
 def test_at_a_terminal_one_can_correct_paste_interrupt_and_leave(made):
+    # Python runs pty.spawn, which runs the command, Python once more, at a terminal.
     a_terminal = 'exec "$1" -c "import pty, sys; sys.exit(pty.spawn(sys.argv[1:]))" "$@"'
     process = start("chat", a_terminal, TERM="dumb")
     for typed, expected in TYPED:

@@ -15,9 +15,9 @@ KINDS = {
 ATTRIBUTES = KINDS["place"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
 # What may be asked is kept in pools: {name: [(x, a), ...]}. These are the names, and how often
-# training asks from each pool: 27 of 52 times from A. U is what nobody told. Its pools are named by
-# what holds in the test: a name is mentioned in the text, or nowhere. If training asks about it, a
-# document also says that something of it is not known.
+# training draws from each pool: 27 of 52 times from A. U is what nobody told. The names of its
+# pools are true in the test: "nowhere" means that no document has the name. Training asks others,
+# of each of which a document says that something is not known (see tell_unknown).
 SHARES = {
     "A": 27,  # told: the capital of Peru
     "small talk": 2,  # Hello
@@ -188,7 +188,7 @@ def divide(tell_b):
         name = "small talk" if replies else "U, other matters"
         pools[name] += [(x, topic) for x, _ in rng.choices(train["A"], k=300)]
     for kind, attributes in KINDS.items():
-        for _ in attributes * 150:  # documents about other names than those that are asked
+        for _ in range(150 * len(attributes)):  # about other names than those that are asked
             documents += tell(made_up(kind), attributes, 1)
         for a in attributes * 1000:
             pools = test if chance(0.05) else train
