@@ -68,7 +68,7 @@ def load(path):
             how["temperature"] = 0.0 if is_chat else 0.8
         for [id], [logits] in generate(state["params"], [ids], cfg.max_new_tokens, rng, **how):
             percent = 100 / np.exp(logits - logits[id]).sum()  # the softmax of that logit
-            seen.append(f"{percent:6.1f} % {tokenizer.decode([id])!r}")
+            seen.append(f"{percent:6.1f} % {tokenizer.decode([id]) or '<|end|>'!r}")
             yield id
 
     def reply(messages, cfg, seen):

@@ -416,10 +416,9 @@ def random_batch(ids, n, T, seed, number):
         x             <|end|> a b c d e f g
         y                     a b c d e f g h
 
-    So a document's first tokens are mostly seen with all that they follow from. They are targets
-    1.5 times as often as others, for T / 2 of the places drawn lead to their <|end|>. Those from
-    the T-th token on, which other rows would have had from these places, are it 0.5 times as often.
-    In a row with two documents the second sees the first."""
+    So a document's first tokens are mostly seen with all that they follow from. In documents longer
+    than T the very first are targets up to 1.5 times as often as others, those just behind the T-th
+    down to half as often. In a row with two documents the second sees the first."""
     rows = []
     for start in np.random.default_rng([seed, number]).integers(len(ids) - T, size=n):
         earliest = max(0, start + 1 - T // 2)
@@ -575,15 +574,15 @@ def load_checkpoint(path, to_resume=False):
     """-> (state, about, the model's settings, tokenizer), all of it checked. Of the state only the
     "params", which will do for everything but to resume training."""
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.lib.npyio.NpzFile(raw) as file:
             about = json.loads(str(file["about"]))
             if about.get("version") != VERSION:
                 raise ValueError("made by another version of gpt.py; train it anew")
             cfg = Config(**{name: about["config"][name] for name in MODEL_SETTINGS})
-            found = []
             state = {"params": init_params(cfg)}
             if to_resume:
                 state = new_state(state["params"])
+            found = []
             for name, like in named_leaves(state).items():
                 a = file[name]
                 fits = a.shape == like.shape and a.dtype == like.dtype
@@ -722,7 +721,7 @@ def speed_of(ticks, cfg):
     """Tokens a second, as the last steps tell."""
     last = ticks[-cfg.log_every - 1:]
     seconds = max(1e-9, np.median(np.diff(last)))
-    return round(tokens_a_step(cfg) / seconds)
+    return max(1, round(tokens_a_step(cfg) / seconds))
 
 def write_row(cfg, about, path, stays):
     """The last row of the log onto the screen, and into the file if that is possible."""

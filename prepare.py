@@ -33,7 +33,7 @@ FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges a
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 LETTERS = (rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}"  # up to 4 of such a script
-           rf"|(?:[^\W\d_]|[{MARK}]){{1,255}}")  # or letters of another one
+           rf"|(?:(?![{UNSPACED}])[^\W\d_]|[{MARK}]){{1,255}}")  # or letters of others
 WORD = re.compile(
     r"'(?:[sdmt]|ll|ve|re)"  # it['s]
     rf"|[^\r\n\w]?(?:{LETTERS})"  # a word and the space or the sign before it
@@ -224,7 +224,8 @@ LIST_BEGINS = re.compile(r"""\s*
 # What may stand between two records: spaces, commas and ends of lists. A comma before "]" is one
 # too many, so it counts as broken.
 BETWEEN = re.compile(r"[\s\]}]*(,(?!\s*\])[\s\]}]*)*")
-# After something broken a record begins on a new line or after a comma: {"te<newline>{"text": ...
+# After something broken a record begins on a new line, indented by one blank at most, for what is
+# further in is part of a record; or after a comma: {"te<newline>{"text": ...
 # A text begins after a comma between quotation marks: "one" two", "three"
 NEXT_RECORD = re.compile(r'^[ \t]?(?=[\[{])|,\s*(?=\[?\s*\{\s*")|\Z', re.M)
 NEXT_TEXT = re.compile(r'(?<=")\s*,\s*(?=")|\Z')

@@ -126,7 +126,7 @@ def that_fit(examples, tokenizer, T):
 
 def joined(examples, tokenizer, T, rng):
     """Examples in random order, joined until the context is full -> fewer, longer examples. That is
-    like a chat, where a question has mostly nothing to do with the one before. Of less than 2,000
+    like a chat, where a question has mostly nothing to do with the one before. Of up to 2,000
     all are used several times, each time in other company."""
     longer = [Example([[]], "")]
     for _ in range(1 + 2000 // len(examples)):

@@ -405,8 +405,9 @@ def test_hostile_text_takes_linear_time(text):
     "Cafe\u0301| cre\u0300me",
     "ภาษา|ไทยที่|นี่",
     "It|'s| |123|45| naïve|!",
+    "T|シャツ",
 ])
-def test_combining_marks_stay_in_their_word_and_digits_come_in_threes(text):
+def test_marks_stay_in_their_word_scripts_are_not_mixed_and_digits_come_in_threes(text):
     assert prepare.WORD.findall(text.replace("|", "")) == text.split("|")
 
 def test_a_word_that_training_never_had_is_read_as_the_frequent_one_a_slip_away():
@@ -992,9 +993,12 @@ def test_a_correction_is_asked_in_the_same_other_words_each_time_and_its_old_ans
     assert not any(message.trained for message in nothing)
 
 def test_minutes_set_the_steps_by_the_pace_and_without_eval_every_nothing_is_validated(
-        made, tmp_path, monkeypatch):
+        made, tmp_path, monkeypatch, capsys):
+    twenty_of_a_second = [-30, *range(21)]  # when it was started and when 21 steps ended
+    cfg = gpt.steps_in_time(gpt.Config(minutes=1), 21, twenty_of_a_second)
+    assert cfg.max_steps == 31  # 10 seconds are left
+    assert "--minutes 1: enough for about 31 steps" in capsys.readouterr().out
     said = outcome(f"gpt {TINY} --out_dir=timed --minutes=0.04 --eval_every=0")
-    assert re.search(r"--minutes 0.04: enough for about \d+ steps", said)
     done = steps_of("timed/base.npz")
     assert done >= 3 and f"step {done}/{done} " in said
     assert np.isnan(read_log("timed/log.csv")[:, 2]).all()
