@@ -15,7 +15,7 @@ import gpt
 import numpy as np
 import sft
 from sft import Message
-from prepare import END, InputError, printable, read_flags, run, setting, whole_file
+from prepare import END, SPECIAL, InputError, printable, read_flags, run, setting, whole_file
 
 HELP = """/reset forgets the conversation, /probs shows how sure it was of each token of its answer,
 /better TEXT says what that should have been, /quit or Ctrl-D ends, Ctrl-C stops an answer.
@@ -68,7 +68,7 @@ def load(path):
             how["temperature"] = 0.0 if is_chat else 0.8
         for [id], [logits] in generate(state["params"], [ids], cfg.max_new_tokens, rng, **how):
             percent = 100 / np.exp(logits - logits[id]).sum()  # the softmax of that logit
-            seen.append(f"{percent:6.1f} % {tokenizer.decode([id]) or '<|end|>'!r}")
+            seen.append(f"{percent:6.1f} % {tokenizer.decode([id]) or SPECIAL[id]!r}")
             yield id
 
     def reply(messages, cfg, seen):

@@ -718,7 +718,7 @@ def steps_in_time(cfg, done, ticks):
     return replace(cfg, max_steps=steps)
 
 def speed_of(ticks, cfg):
-    """Tokens a second, as the last steps tell."""
+    """Tokens a second, as the last steps tell; at least 1, for write_row() divides by it."""
     last = ticks[-cfg.log_every - 1:]
     seconds = max(1e-9, np.median(np.diff(last)))
     return max(1, round(tokens_a_step(cfg) / seconds))

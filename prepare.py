@@ -33,7 +33,7 @@ FIRST_BYTE, FIRST_MERGE = 3, 259  # ids: special tokens, the 256 bytes, merges a
 MARK = "".join(c for c in map(chr, range(1 << 16)) if unicodedata.category(c).startswith("M"))
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 LETTERS = (rf"(?:(?=[{UNSPACED}])[^\W\d_][{MARK}]{{0,9}}){{1,4}}"  # up to 4 of such a script
-           rf"|(?:(?![{UNSPACED}])[^\W\d_]|[{MARK}]){{1,255}}")  # or letters of others
+           rf"|(?:(?![{UNSPACED}])[^\W\d_]|[{MARK}]){{1,255}}")  # or letters of other scripts
 WORD = re.compile(
     r"'(?:[sdmt]|ll|ve|re)"  # it['s]
     rf"|[^\r\n\w]?(?:{LETTERS})"  # a word and the space or the sign before it

@@ -780,7 +780,7 @@ def test_closed_and_narrow_streams_are_no_tracebacks(made):
 TYPED = [  # what is typed at the prompt; what is found, by a regular expression, in what is shown
     ("", "/help for help"),
     ("WHO RAN?\n", "the rat ran"),
-    ("/probs\n", "(?s)read as 'who ran.'.*% ' rat'"),
+    ("/probs\n", "(?s)read as 'who ran.'.*% ' rat'.*% '<.end.>'"),
     ("/reset\n", "."),
     ("who rann?\n", "the rat ran"),
     ("/help\n", "/top_k"),
@@ -1147,7 +1147,7 @@ REFUSED = [  # a command; its error, by a regular expression
     ("sft cut.json", "cut.json: no q.* not JSON"),
     ("gpt --data_dir=odd", "odd.train.bin: damaged"),
     ("gpt --data_dir=foreign", "not a tokenizer"),
-    ("gpt --init=text.jsonl", f"text.jsonl: {NO_CHECKPOINT}"),
+    ("gpt --init=text.jsonl", f"text.jsonl: {NO_CHECKPOINT} .File is not a zip"),
     ("gpt --resume --out_dir=nowhere", "base.npz: No such file"),
     ("chat none.npz", "none.npz: No such file"),
     # Settings

@@ -16,8 +16,8 @@ ATTRIBUTES = KINDS["place"] + KINDS["element"]
 DONT_KNOW = "I do not know that."
 # What may be asked is kept in pools: {name: [(x, a), ...]}. These are the names, and how often
 # training draws from each pool: 27 of 52 times from A. U is what nobody told. The names of its
-# pools are true in the test: "nowhere" means that no document has the name. Of names of
-# unknowns.csv that training asks, a document says that something is not known (see tell_unknown).
+# pools are true in the test: "nowhere" means that no document has the name. Of each name from
+# unknowns.csv that training asks about, a document says what is not known (see tell_unknown).
 SHARES = {
     "A": 27,  # told: the capital of Peru
     "small talk": 2,  # Hello
